@@ -1,0 +1,24 @@
+"""The command ``megatron-bert``: the table of verbs, and one thin file a verb.
+
+A verb's module has ``add_arguments(parser)`` and ``run(args) -> int``. Its own imports are light (no torch), so that
+``--help`` and a mistyped option answer at once; ``run`` imports what the work needs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """Where a verb's module is, and the line about it in ``megatron-bert --help``."""
+
+    module: str
+    help: str
+
+
+VERBS: dict[str, Verb] = {
+    "fill-mask": Verb("megatron_bert.cli.fill_mask", "predict the masked words of texts"),
+    "tokenizer": Verb("megatron_bert.cli.tokenizer", "train and inspect WordPiece vocabularies"),
+    "preprocess": Verb("megatron_bert.cli.preprocess", "turn text into a token file for pretraining"),
+    "pretrain": Verb("megatron_bert.cli.pretrain", "train a model from a recipe"),
+}
