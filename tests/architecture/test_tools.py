@@ -1,0 +1,74 @@
+"""The two tools that CI leans on: the size check and the runner of documented commands."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_source(root: Path, name: str, lines: list[str]) -> None:
+    path = root / "src" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_a_function_of_81_lines_fails_and_one_of_80_passes(tmp_path: Path) -> None:
+    sizes = load_tool("check_sizes")
+    write_source(tmp_path, "long.py", ["class A:", "    def f(self):", *["        x = 1"] * 80])
+    write_source(tmp_path, "fits.py", ["def f():", *["    x = 1"] * 79])
+    assert sizes.problems(sizes.measure(tmp_path), {}) == ["src/long.py::A.f: 81 lines, limit 80"]
+
+
+def test_a_file_of_601_lines_fails_unless_allowed(tmp_path: Path) -> None:
+    sizes = load_tool("check_sizes")
+    write_source(tmp_path, "long.py", ["x = 1"] * 601)
+    assert sizes.problems(sizes.measure(tmp_path), {}) == ["src/long.py: 601 lines, limit 600"]
+    assert sizes.problems(sizes.measure(tmp_path), {"src/long.py": "a table"}) == []
+    assert len(sizes.problems(sizes.measure(tmp_path), {"src/long.py": " "})) == 1
+
+
+def test_an_exception_that_nothing_needs_fails(tmp_path: Path) -> None:
+    sizes = load_tool("check_sizes")
+    write_source(tmp_path, "short.py", ["x = 1"])
+    assert len(sizes.problems(sizes.measure(tmp_path), {"src/short.py": "was long once"})) == 1
+
+
+def run_page(tmp_path: Path, text: str) -> "subprocess.CompletedProcess[str]":
+    page = tmp_path / "PAGE.md"
+    page.write_text(text, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tools" / "run_commands.py"), "--directory", str(tmp_path), str(page)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_documented_commands_run_in_order_and_share_a_directory(tmp_path: Path) -> None:
+    page = "```sh\necho one > f\n```\ntext\n```py\nnot shell\n```\n```sh\necho two >> f\n```\n"
+    assert run_page(tmp_path, page).returncode == 0
+    assert (tmp_path / "f").read_text() == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("script", ["false\ntrue", "false | cat", "echo $NOT_SET_ANYWHERE"])
+def test_a_failing_documented_command_fails_the_page(tmp_path: Path, script: str) -> None:
+    done = run_page(tmp_path, f"first line\n```sh\n{script}\n```\n")
+    assert done.returncode != 0
+    assert "PAGE.md:2: the commands of this block failed" in done.stderr
+
+
+def test_a_block_marked_not_run_is_left_out_and_said(tmp_path: Path) -> None:
+    done = run_page(tmp_path, "<!-- not run: needs eight GPUs -->\n```sh\nfalse\n```\n")
+    assert done.returncode == 0
+    assert "not run: needs eight GPUs" in done.stdout
