@@ -1,4 +1,4 @@
-"""The tokenizer: both spellings of the mask everywhere, casing from the files, folders that Transformers alone loads."""
+"""The tokenizer: both spellings of the mask everywhere, casing from the files, folders Transformers alone loads."""
 
 import json
 import logging
@@ -80,7 +80,7 @@ class TestMaskSpelling:
             return which(*spelled(arguments, mask), **spelled_options)
 
         expected = encoded(reference, "[MASK]")
-        assert reference.mask_token_id in sum(_flat(expected["input_ids"]), [])
+        assert any(reference.mask_token_id in ids for ids in _flat(expected["input_ids"]))
         assert same(encoded(tokenizer, "<mask>"), expected)
         assert same(encoded(tokenizer, "[MASK]"), expected)
 
