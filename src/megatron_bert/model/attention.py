@@ -1,0 +1,131 @@
+"""Attention kernels: Transformers' attention interface for padded batches, and one function for packed rows.
+
+B batch, S sequence, T packed tokens, N heads, H head dimension. Queries, keys and values arrive as (B, N, S, H).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import varlen
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from megatron_bert.model.packing import PackedLayout
+
+__all__ = ["attention_function", "eager_attention", "packed_attention", "runs_packed"]
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def attention_function(implementation: str) -> AttentionFunction:
+    """The function that Transformers' attention interface holds under this name."""
+    function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+    return function
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(H)) v, with the attention probabilities (B, N, S, S) as second result.
+
+    Takes a boolean mask (True attends), an additive one, or none, which leaves a causal module causal.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    queries, keys = scores.shape[-2:]
+    if attention_mask is None and getattr(module, "is_causal", False) and queries > 1:
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    context = torch.matmul(probabilities, value)
+    return context.transpose(1, 2).contiguous(), probabilities
+
+
+def runs_packed(implementation: str) -> bool:
+    """Whether rows are run packed under this attention implementation (the others get a block-diagonal mask)."""
+    return implementation == "sdpa" or "flash" in implementation
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    *,
+    implementation: str,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Attention of each sequence of a packed row with itself: (1, N, T, H) -> (1, T, N, H).
+
+    CUDA: PyTorch's variable-length kernel where it applies (16-bit, no dropout), or the flash-attention library where
+    the model is set to it. CPU: one call a sequence, which no padded call beats. Otherwise padded for this step only.
+    """
+    if "flash" in implementation:
+        boundaries = {f"cu_seq_lens_{side}": layout.cu_seq_lens for side in "qk"}
+        lengths = {f"max_length_{side}": layout.max_length for side in "qk"}
+        function = attention_function(implementation)
+        arguments = {"is_causal": is_causal, "scaling": scaling, "dropout": dropout, **boundaries, **lengths}
+        return function(module, query, key, value, None, **arguments)[0]
+    arguments = {"is_causal": is_causal, "scale": scaling}
+    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen_attention(query, key, value, layout, is_causal, scaling)
+    arguments["dropout_p"] = dropout
+    if query.device.type == "cpu":
+        per_sequence = zip(*(states.split(layout.lengths, dim=2) for states in (query, key, value)), strict=True)
+        contexts = [F.scaled_dot_product_attention(q, k, v, **arguments) for q, k, v in per_sequence]
+        return torch.cat(contexts, dim=2).transpose(1, 2)
+    return _padded_attention(query, key, value, layout, **arguments)
+
+
+@cache
+def _varlen_causal_arguments(is_causal: bool) -> dict[str, Any]:
+    """How this release of PyTorch spells causality for its variable-length kernel."""
+    if "is_causal" in signature(varlen.varlen_attn).parameters:
+        return {"is_causal": is_causal}
+    return {"window_size": (-1, 0) if is_causal else (-1, -1)}
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float
+) -> Tensor:
+    query_TNH, key_TNH, value_TNH = (states[0].transpose(0, 1) for states in (query, key, value))
+    boundaries, longest = layout.cu_seq_lens, layout.max_length
+    context_TNH = varlen.varlen_attn(
+        query_TNH,
+        key_TNH,
+        value_TNH,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        scale=scaling,
+        **_varlen_causal_arguments(is_causal),
+    )
+    return context_TNH[None]
+
+
+def _padded_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, **arguments: Any) -> Tensor:
+    """The sequences side by side, padded to the longest, through `scaled_dot_product_attention`."""
+    sequences = layout.side_by_side
+    padded = [sequences.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
+    mask = layout.side_by_side_mask
+    if arguments.pop("is_causal"):
+        mask = mask & torch.ones(2 * [layout.max_length], dtype=torch.bool, device=query.device).tril()
+    context = F.scaled_dot_product_attention(*padded, attn_mask=mask, **arguments)
+    return sequences.pack(context.transpose(1, 2))

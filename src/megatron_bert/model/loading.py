@@ -1,0 +1,120 @@
+"""Loading published checkpoints: what is absent or extra is said in one line, and padding rows are recognised."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils import cached_file
+
+__all__ = ["LoadingMixin", "num_tokens_beside"]
+
+logger = logging.getLogger(__name__)
+
+_REPORTING_LOGGER = logging.getLogger("transformers.modeling_utils")
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class LoadingMixin:
+    """`from_pretrained` for checkpoints as they are found."""
+
+    num_tokens: int | None = None
+    """Tokens that the checkpoint's own tokenizer knows; the vocabulary's rows beyond are padding and are never predicted.
+
+    None where no tokenizer lies beside the weights. Not part of the configuration: it is looked up at each load.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Transformers' `from_pretrained`: same arguments, result and errors.
+
+        Weights of absent and extra heads are reported in one line each. The vocabulary's padding rows are recognised by
+        the tokenizer beside the weights.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+        with _held_back_report() as records:
+            try:
+                model, info = super().from_pretrained(  # type: ignore[misc]
+                    pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                )
+            except Exception:
+                _replay(records)
+                raise
+        if info.get("mismatched_keys") or info.get("error_msgs"):
+            _replay(records)
+        else:
+            _report(cls.__name__, info)
+        if pretrained_model_name_or_path is not None:
+            num_tokens = num_tokens_beside(pretrained_model_name_or_path, **hub_arguments)
+            if num_tokens is not None and num_tokens < model.config.vocab_size:
+                model.num_tokens = num_tokens
+        return (model, info) if wants_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `resize_token_embeddings`; all rows count as tokens from then on."""
+        self.num_tokens = None
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
+
+def num_tokens_beside(path_or_name: str | os.PathLike[str], **hub_arguments: Any) -> int | None:
+    """One more than the highest id of the tokenizer files beside a checkpoint; None where there are none."""
+    arguments = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    files = {
+        name: cached_file(path_or_name, name, **arguments, **hub_arguments)
+        for name in ("tokenizer.json", "vocab.txt", "added_tokens.json")
+    }
+    highest = -1
+    if files["tokenizer.json"]:
+        with open(files["tokenizer.json"], encoding="utf-8") as file:
+            tokenizer = json.load(file)
+        vocabulary = tokenizer.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, dict):
+            highest = max(vocabulary.values(), default=-1)
+        highest = max([highest, *(token["id"] for token in tokenizer.get("added_tokens", []))])
+    elif files["vocab.txt"]:
+        with open(files["vocab.txt"], "rb") as file:
+            highest = sum(1 for _ in file) - 1
+        if files["added_tokens.json"]:
+            with open(files["added_tokens.json"], encoding="utf-8") as file:
+                highest = max([highest, *json.load(file).values()])
+    return highest + 1 if highest >= 0 else None
+
+
+@contextmanager
+def _held_back_report() -> Iterator[list[logging.LogRecord]]:
+    """Holds back Transformers' table of missing and unexpected weights."""
+    records: list[logging.LogRecord] = []
+
+    def hold_back(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        records.append(record)
+        return False
+
+    _REPORTING_LOGGER.addFilter(hold_back)
+    try:
+        yield records
+    finally:
+        _REPORTING_LOGGER.removeFilter(hold_back)
+
+
+def _replay(records: list[logging.LogRecord]) -> None:
+    for record in records:
+        _REPORTING_LOGGER.handle(record)
+
+
+def _report(class_name: str, info: dict[str, Any]) -> None:
+    if missing := info.get("missing_keys"):
+        logger.warning("%s: not in the checkpoint and newly initialized, so train before use: %s", class_name, _names(missing))
+    if unexpected := info.get("unexpected_keys"):
+        logger.warning("%s: in the checkpoint and not used by this class: %s", class_name, _names(unexpected))
+
+
+def _names(keys: Any) -> str:
+    """Module names with `.*` instead of every weight: `bert.pooler.dense.*, cls.seq_relationship.*`."""
+    modules = sorted({key.rsplit(".", 1)[0] + ".*" if "." in key else key for key in keys})
+    shown = ", ".join(modules[:6])
+    return shown if len(modules) <= 6 else f"{shown} and {len(modules) - 6} more"
