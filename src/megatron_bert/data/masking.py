@@ -1,0 +1,147 @@
+"""Which tokens a masked language model has to predict, and what stands in their place.
+
+Whole words in runs of 1 to 3 words, a run of n words with probability proportional to 1/n; 15 % of the tokens; of the
+chosen tokens 80 % become [MASK] (the task itself), 10 % another token and 10 % stay (so that the model cannot take an
+unmasked token for right: at fine-tuning there is no [MASK]). Sources: Devlin et al. 2018 (arXiv 1810.04805, section
+3.1), the whole-word note of their repository, and for the runs Lan et al. 2019 (arXiv 1909.11942, section 4.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["IGNORED", "Masked", "Masker", "choose_spans"]
+
+IGNORED = -100  # the label of a token that is not to be predicted (PyTorch's cross-entropy skips it)
+_TRIES = 32  # to find room for a run before the row counts as full
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Masked(NamedTuple):
+    """A row to train on: what the model sees and what it should say; both int64 [S]."""
+
+    input_ids: IntArray
+    labels: IntArray
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Masks rows of token ids.
+
+    Attributes:
+        share: expected share of the row's ordinary tokens that are chosen.
+        max_words: longest run of words.
+        mask_id: the id of [MASK].
+        continues: bool [V], which ids continue a word ("##ing").
+        special: bool [V], which ids are special tokens: never chosen, never drawn.
+        ordinary_ids: the ids that a chosen token may be replaced with.
+    """
+
+    share: float
+    max_words: int
+    mask_id: int
+    continues: npt.NDArray[np.bool_]
+    special: npt.NDArray[np.bool_]
+    ordinary_ids: IntArray
+
+    @classmethod
+    def of_vocabulary(cls, vocabulary: dict[str, int], special_tokens: list[str], mask_token: str, *,
+                      share: float = 0.15, max_words: int = 3) -> Masker:  # fmt: skip
+        """The masker for a WordPiece vocabulary (`token -> id`)."""
+        size = max(vocabulary.values()) + 1
+        continues, special = np.zeros(size, bool), np.ones(size, bool)
+        for token, token_id in vocabulary.items():
+            continues[token_id] = token.startswith("##") and len(token) > 2
+            special[token_id] = token in special_tokens
+        return cls(share, max_words, vocabulary[mask_token], continues, special, np.flatnonzero(~special))
+
+    def mask(self, ids: npt.NDArray[Any], rng: np.random.Generator) -> Masked:
+        """Masks one row; special tokens and the two sides of one stay apart."""
+        ids = ids.astype(np.int64)
+        blocked_token = self.special[ids]
+        starts_word = ~self.continues[ids] | blocked_token
+        starts_word[1:] |= blocked_token[:-1]  # a continuation that truncation left first is a word of its own
+        starts_word[:1] = True
+        word_starts = np.flatnonzero(starts_word)
+        word_lengths = np.diff(word_starts, append=len(ids))
+        spans = choose_spans(
+            word_lengths, blocked_token[word_starts], self.share * int((~blocked_token).sum()), self.max_words, rng
+        )
+        chosen = np.zeros(len(word_starts), bool)
+        for start, words in spans:
+            chosen[start : start + words] = True
+        positions = np.flatnonzero(np.repeat(chosen, word_lengths))
+        labels = np.full(len(ids), IGNORED, np.int64)
+        labels[positions] = ids[positions]
+        fate = rng.random(len(positions))
+        ids[positions[fate < 0.8]] = self.mask_id
+        random_positions = positions[fate >= 0.9]
+        ids[random_positions] = rng.choice(self.ordinary_ids, len(random_positions))
+        return Masked(ids, labels)
+
+
+def choose_spans(
+    word_lengths: IntArray, blocked: npt.NDArray[np.bool_], budget: float, max_words: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Runs of words that do not overlap: (first word, number of words) each.
+
+    The number of words n is drawn first, with p(n) = (1/n) / (1 + 1/2 + 1/3); then a place where it fits. Before each
+    run, one more is drawn with probability r / (r + o(r)), where r is what is left of the budget and o(r) the expected
+    excess over r of a run's length in tokens. Then the expected number of chosen tokens equals the budget: with
+    V(r) = E[chosen - r] to be 0 for every r > 0, stopping (worth -r) and drawing (worth o(r)) have to balance. And
+    since no decision looks at the run that it decides about, the drawn n keep their distribution (Wald's identity).
+
+    Args:
+        word_lengths: int [W], tokens of each word.
+        blocked: bool [W], words that may not be chosen (special tokens).
+        budget: the expected number of tokens to choose.
+    """
+    sizes = np.arange(1, min(max_words, len(word_lengths)) + 1)
+    ends = np.concatenate([[0], np.cumsum(word_lengths)])
+    taken = blocked.tolist()
+    places = [_free_places(blocked, int(n)) for n in sizes]
+    sizes = np.array([n for n, place in zip(sizes, places, strict=True) if len(place)], np.int64)
+    places = [place for place in places if len(place)]
+    if not len(sizes):
+        return []
+    odds = np.cumsum((1 / sizes) / (1 / sizes).sum())
+    lengths = [ends[place + n] - ends[place] for n, place in zip(sizes, places, strict=True)]
+    longest = max(int(length.max()) for length in lengths)
+    spans: list[tuple[int, int]] = []
+    left = budget
+    while left > 0:
+        if left < longest and rng.random() >= left / (left + _expected_excess(left, odds, lengths)):
+            break
+        kind = int(np.searchsorted(odds, rng.random() * odds[-1], side="right"))
+        start = _place(places[kind], int(sizes[kind]), taken, rng)
+        if start is None:
+            break
+        words = int(sizes[kind])
+        taken[start : start + words] = [True] * words
+        spans.append((start, words))
+        left -= float(ends[start + words] - ends[start])
+    return spans
+
+
+def _free_places(blocked: npt.NDArray[np.bool_], words: int) -> IntArray:
+    """Where a run of `words` words may start without touching a blocked one."""
+    before = np.concatenate([[0], np.cumsum(blocked)])
+    return np.flatnonzero(before[words:] == before[: len(before) - words])
+
+
+def _expected_excess(left: float, odds: npt.NDArray[np.float64], lengths: list[IntArray]) -> float:
+    shares = np.diff(odds, prepend=0.0)
+    return float(sum(p * np.maximum(length - left, 0).mean() for p, length in zip(shares, lengths, strict=True)))
+
+
+def _place(places: IntArray, words: int, taken: list[bool], rng: np.random.Generator) -> int | None:
+    for draw in (rng.random(_TRIES) * len(places)).astype(np.int64).tolist():
+        start = int(places[draw])
+        if not any(taken[start : start + words]):
+            return start
+    return None

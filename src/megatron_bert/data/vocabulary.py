@@ -1,0 +1,143 @@
+"""WordPiece vocabularies: trained from text files, written as a folder that Transformers' `AutoTokenizer` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from megatron_bert.data.files import written_aside
+from megatron_bert.data.text import read_documents
+from megatron_bert.errors import UserError
+
+__all__ = ["SPECIAL_TOKENS", "VocabularyOptions", "fingerprint", "train_vocabulary", "write_tokenizer"]
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
+_CONTINUATION = "##"
+# Case, accents, Chinese characters, full-width letters, punctuation, a control character and odd white space.
+_PROBE = "ÀÉß Straße\tnaïve中文字ＡＢ it's 3.14_x-y!\x01\u200b\u00a0end"
+
+
+class VocabularyOptions(BaseModel):
+    """What a vocabulary is like. The defaults are those of BERT's English uncased vocabulary, but for the size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(29056, gt=len(SPECIAL_TOKENS))  # entries, special tokens included
+    cased: bool = False  # keep upper case and accents
+    split_chinese: bool = True  # each Chinese character is a word of its own
+    min_frequency: int = Field(2, ge=1)  # occurrences below which a piece is not made
+    alphabet_limit: int | None = None  # single characters kept, the most frequent first; default: half the size
+
+
+def train_vocabulary(files: Iterable[Path], options: VocabularyOptions, json_key: str = "text") -> Tokenizer:
+    """A WordPiece tokenizer trained on the documents of `files`, which are streamed: memory grows with the number of
+    different words, not with the text.
+
+    Returns:
+        a tokenizer with `SPECIAL_TOKENS` at ids 0 to 4, which frames texts as [CLS] A [SEP] and [CLS] A [SEP] B [SEP].
+
+    Raises:
+        UserError: the files hold no text, or hold fewer characters and special tokens than fit.
+    """
+    tokenizer = _untrained(options)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=options.size,
+        min_frequency=options.min_frequency,
+        limit_alphabet=options.alphabet_limit or max(options.size // 2, 1),
+        special_tokens=list(SPECIAL_TOKENS),
+        continuing_subword_prefix=_CONTINUATION,
+        show_progress=False,
+    )
+    count = _Count()
+    tokenizer.train_from_iterator(count.counting(_lines(files, json_key)), trainer=trainer)
+    if not count.characters or tokenizer.get_vocab_size() <= len(SPECIAL_TOKENS):
+        raise UserError("the --input files hold no text to train a vocabulary on")
+    tokenizer.post_processor = _framing()
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, options: VocabularyOptions, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json to a new `folder`, whole or not at all.
+
+    Raises:
+        UserError: `folder` is there already and `overwrite` is not given, or it is not a tokenizer's.
+    """
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} is already there; choose another --output or add --overwrite")
+    if folder.exists() and not (folder / "vocab.txt").is_file():
+        raise UserError(f"{folder} is not a tokenizer's folder, so it is not overwritten; choose another --output")
+    vocabulary = tokenizer.get_vocab()
+    with written_aside(folder, folder=True) as aside:
+        lines = sorted(vocabulary, key=vocabulary.__getitem__)
+        (aside / "vocab.txt").write_text("".join(f"{token}\n" for token in lines), encoding="utf-8")
+        tokenizer.save(str(aside / "tokenizer.json"))
+        settings = json.dumps(_transformers_settings(options), indent=2, ensure_ascii=False)
+        (aside / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A SHA-256 (hexadecimal) over what decides which ids a text becomes: the entries with their ids, and how a probe
+    text is normalised and cut into words. It holds across versions of `tokenizers`, whose files may spell one
+    behaviour differently.
+    """
+    normalized = tokenizer.normalizer.normalize_str(_PROBE) if tokenizer.normalizer else _PROBE
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(normalized) if tokenizer.pre_tokenizer else [normalized]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256(json.dumps([vocabulary, words], ensure_ascii=False).encode()).hexdigest()
+
+
+class _Count:
+    """Counts the characters that pass."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def counting(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.characters += len(text)
+            yield text
+
+
+def _lines(files: Iterable[Path], json_key: str) -> Iterator[str]:
+    for file in files:
+        for document in read_documents(file, json_key):
+            yield from document.text.splitlines()
+
+
+def _untrained(options: VocabularyOptions) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece({}, unk_token="[UNK]", continuing_subword_prefix=_CONTINUATION))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=options.split_chinese,
+        strip_accents=None,  # as Transformers writes it: accents go when letters are lower-cased
+        lowercase=not options.cased,
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
+    return tokenizer
+
+
+def _framing() -> processors.TemplateProcessing:
+    cls, sep = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
+    return processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
+    )
+
+
+def _transformers_settings(options: VocabularyOptions) -> dict[str, Any]:
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": not options.cased,
+        "tokenize_chinese_chars": options.split_chinese,
+        "strip_accents": None,
+        **dict(zip(names, SPECIAL_TOKENS, strict=True)),
+    }

@@ -1,0 +1,207 @@
+"""A pretraining run's configuration: one YAML file. What changes the result lies apart from what must not.
+
+`model`, `data`, `objective`, `optimizer` and `training` decide the trained weights. `runtime` only decides how they are
+computed: with dropout off, any two settings of it give the same losses and weights within rounding.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_bert.errors import UserError
+
+__all__ = [
+    "DataSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "PretrainConfiguration",
+    "RuntimeSection",
+    "TrainingSection",
+    "load_configuration",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(_Section):
+    """The network, in the words of `MegatronBertConfig`."""
+
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    intermediate_size: int | None = Field(None, gt=0)  # default: 4 * hidden_size, the paper's
+    max_position_embeddings: int = Field(512, gt=0)
+    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    initializer_range: float = Field(0.02, gt=0)
+    vocabulary_multiple: int = Field(128, gt=0)  # the embedding has the tokenizer's entries, rounded up to this
+
+
+class DataSection(_Section):
+    """The text and how rows are cut from it."""
+
+    tokens: Path  # PREFIX of the token file, the --output of `megatron-bert preprocess`
+    tokenizer: Path  # folder of the tokenizer that made it
+    validation: Path | None = None  # PREFIX of a token file to validate on; otherwise a share is held out
+    validation_share: float = Field(0.01, ge=0, lt=1)  # of the tokens, in whole documents
+    row_tokens: int = Field(512, ge=8)  # longest row, special tokens included
+    short_share: float = Field(0.1, ge=0, le=1)  # of the samples: target length drawn from 2 to row_tokens
+
+
+class ObjectiveSection(_Section):
+    """What the model has to predict."""
+
+    mask_share: float = Field(0.15, gt=0, lt=1)  # of the tokens
+    max_masked_words: int = Field(3, ge=1)  # longest run of words masked together; n words with p ~ 1/n
+    pair: Literal["sentence-order", "none"] = "sentence-order"
+
+
+class OptimizerSection(_Section):
+    """AdamW with decoupled weight decay; none on biases and layer norms."""
+
+    learning_rate: float = Field(gt=0)  # at the end of the warm-up
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)  # of the gradient of all parameters together
+
+
+class TrainingSection(_Section):
+    """How long, how much at a time, from which seed."""
+
+    steps: int = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)  # linear from 0; after it linear to 0 at the last step
+    batch_samples: int = Field(gt=0)  # of one step, over all ranks
+    seed: int = Field(1234, ge=0, lt=2**63)
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be less than steps {self.steps}")
+        return self
+
+
+class RuntimeSection(_Section):
+    """How it is computed and reported; never what comes out."""
+
+    device: str = "auto"  # cuda where there is one, else cpu
+    micro_batch_samples: int | None = Field(None, gt=0)  # of one forward pass; default: the whole batch
+    num_workers: int = Field(0, ge=0)  # processes that make samples; 0: this one
+    log_every_steps: int = Field(10, gt=0)
+    evaluate_every_steps: int = Field(200, gt=0)
+
+
+class PretrainConfiguration(_Section):
+    """A run. Every key of a recipe is a field here or below."""
+
+    output: Path  # folder of the run: recipe.yaml, metrics.jsonl, model/
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection
+    training: TrainingSection
+    runtime: RuntimeSection = RuntimeSection()
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.model.hidden_size % self.model.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size {self.model.hidden_size} is not a multiple of "
+                f"model.num_attention_heads {self.model.num_attention_heads}"
+            )
+        if self.data.row_tokens > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.row_tokens {self.data.row_tokens} is more than the model's "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        return self
+
+    def as_yaml(self) -> str:
+        """The configuration as a recipe with every value spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_configuration(recipe: Path, overrides: Sequence[str] = ()) -> PretrainConfiguration:
+    """The validated recipe, with `overrides` ("section.key=value", values in YAML) put in before validation.
+
+    Raises:
+        UserError: not YAML, an unknown key (with the nearest known one), a missing or impossible value; the message
+            names the file or the override, the key and the value.
+        OSError: the file cannot be read.
+    """
+    try:
+        raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{recipe} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{recipe} is not a recipe: it should hold the sections {', '.join(_sections())}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return PretrainConfiguration.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{recipe}: " + "; ".join(map(_problem, error.errors()))) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override}: write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML") from error
+    place = raw
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {override}: {key} is not a section")
+    place[keys[-1]] = value
+
+
+def _problem(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {name}{_nearest(path)}"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    value = error["input"]
+    shown = "" if isinstance(value, dict | BaseModel) else f", not {value!r}"
+    return f"{name}: {message}{shown}" if name else message
+
+
+def _nearest(path: list[str]) -> str:
+    """`` (did you mean ...?)``: the most similar name, first among the same section's keys, then among all."""
+    sections = _sections()
+    own = sections.get(path[0], []) if len(path) > 1 else list(PretrainConfiguration.model_fields)
+    prefix = ".".join(path[:-1])
+    found = difflib.get_close_matches(path[-1], own, n=1)
+    if found:
+        return f" (did you mean {f'{prefix}.' if prefix else ''}{found[0]}?)"
+    everywhere = {key: f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    found = difflib.get_close_matches(path[-1], everywhere, n=1)
+    if found:
+        return f" (did you mean {everywhere[found[0]]}?)"
+    return f" (known here: {', '.join(own)})"
+
+
+def _sections() -> dict[str, list[str]]:
+    return {
+        name: list(field.annotation.model_fields)
+        for name, field in PretrainConfiguration.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
