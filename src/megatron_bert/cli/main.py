@@ -16,7 +16,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_bert.cli import VERBS
@@ -88,9 +89,24 @@ def _run_verb(name: str, words: list[str]) -> int:
         args = parser.parse_args(words)
     except SystemExit as stop:  # --help has printed its text
         return int(stop.code or 0)
-    logging.basicConfig(format=f"{PROGRAM} {name}: %(message)s", level=logging.WARNING)
-    logging.getLogger("megatron_bert").setLevel(logging.INFO)
-    return int(module.run(args))
+    with _log_on_stderr(f"{PROGRAM} {name}"):
+        return int(module.run(args))
+
+
+@contextmanager
+def _log_on_stderr(prefix: str) -> Iterator[None]:
+    """Shows what the package logs, one line each; other packages' logs are theirs to show."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
+    logger = logging.getLogger("megatron_bert")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:

@@ -142,6 +142,8 @@ def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
     name = os.fspath(path_or_name)
     if os.path.exists(name):
         return Path(name)
+    if os.path.isdir(os.path.dirname(name)):  # runs/dmo beside runs/demo is a typing mistake, not for the hub
+        raise UserError(f"{name}: no such file or folder")
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -1,0 +1,1 @@
+"""Checkpoints: what is in a folder, before and while a model is loaded from it."""

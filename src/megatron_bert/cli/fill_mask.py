@@ -1,0 +1,129 @@
+"""Predict the masked words of texts.
+
+A mask is written [MASK] or <mask>; a text may have several. Texts are arguments, or the lines of a file, or of the
+standard input. Results come in the order of the texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from megatron_bert.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_bert.inference.fill_mask import Filled, MaskedTextEncoder
+    from megatron_bert.inference.lines import Text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``megatron-bert fill-mask``."""
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="a text with [MASK] or <mask> in it")
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a model's folder, or its name on the hub")
+    parser.add_argument("--file", metavar="F", help="read texts from F, one a line; - is the standard input")
+    parser.add_argument("--top-k", type=_count, default=5, metavar="K", help="predictions for each mask (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a text")
+    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="number type; auto is bfloat16 where the GPU or CPU has it, else float32",
+    )
+    parser.add_argument(
+        "--batch-tokens", type=_count, default=8192, metavar="N", help="tokens predicted together (default: 8192)"
+    )
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
+    return int(word)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the predictions; returns the exit code."""
+    if args.texts and args.file:
+        raise UserError("give texts as arguments or in --file, not both")
+    if not args.texts and not args.file and sys.stdin.isatty():
+        raise UserError("no text: give texts as arguments, in --file F, or on the standard input")
+    if args.file and args.file != "-" and not os.path.exists(args.file):
+        raise UserError(f"--file {args.file}: no such file")
+    return _fill(args)
+
+
+def _fill(args: argparse.Namespace) -> int:
+    import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from tqdm import tqdm
+    from transformers.utils import logging as transformers_logging
+
+    from megatron_bert.inference.device import choose_device
+    from megatron_bert.inference.fill_mask import load_encoder, load_mask_filler
+
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    choose_device(args.device)  # what can be wrong without the weights is looked at without them
+    encoder = load_encoder(args.model, truncate=args.truncate)
+    total = _check_texts(args, encoder)
+    filler = load_mask_filler(
+        args.model, encoder, device=args.device, dtype=args.dtype, top_k=args.top_k, batch_tokens=args.batch_tokens
+    )
+    _choose_encoding(args.json)
+    interactive = not args.texts and args.file in (None, "-") and sys.stdin.isatty()
+    show = _as_json if args.json else _as_table
+    try:
+        with tqdm(total=total, unit=" texts", delay=2, disable=not sys.stderr.isatty()) as progress:
+            for result in filler.stream(_texts(args), **({"chunk_texts": 1} if interactive else {})):
+                tqdm.write(show(result), file=sys.stdout)
+                progress.update()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
+    return 0
+
+
+def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | None:
+    """How many texts there are, all of them checked; None for a stream, whose texts are checked as they come."""
+    stream = not args.texts and (args.file in (None, "-") or not stat.S_ISREG(os.stat(args.file).st_mode))
+    return None if stream else encoder.check(_texts(args))
+
+
+def _texts(args: argparse.Namespace) -> Iterator[Text]:
+    from megatron_bert.inference.lines import texts_of_arguments, texts_of_lines
+
+    if args.texts:
+        yield from texts_of_arguments(args.texts)
+    elif args.file in (None, "-"):
+        yield from texts_of_lines(sys.stdin.buffer, "standard input")
+    else:
+        with open(args.file, "rb") as lines:
+            yield from texts_of_lines(lines, args.file)
+
+
+def _choose_encoding(as_json: bool) -> None:
+    """JSON is UTF-8 whatever the terminal; in a table, what the terminal cannot show is escaped."""
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(**({"encoding": "utf-8"} if as_json else {"errors": "backslashreplace"}))
+
+
+def _as_json(result: Filled) -> str:
+    predictions = [[asdict(candidate) for candidate in mask] for mask in result.predictions]
+    return json.dumps({"text": result.text, "predictions": predictions}, ensure_ascii=False)
+
+
+def _as_table(result: Filled) -> str:
+    lines = [result.text]
+    for number, candidates in enumerate(result.predictions, start=1):
+        if len(result.predictions) > 1:
+            lines.append(f"  mask {number}")
+        lines += [f"  {candidate.score:8.4f}  {candidate.token_str}" for candidate in candidates]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Predictions from trained models: texts in, answers out, in batches."""

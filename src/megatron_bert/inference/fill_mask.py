@@ -1,0 +1,227 @@
+"""Fills the masks of texts: in batches of similar length, the vocabulary projected at masked positions only.
+
+M masks, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from megatron_bert.checkpoint.folder import check_vocabulary
+from megatron_bert.checkpoint.load import check_model, load_model
+from megatron_bert.data.tokenization import MASK_SPELLING, MegatronBertTokenizer, load_tokenizer
+from megatron_bert.errors import UserError
+from megatron_bert.inference.device import choose_device, choose_dtype
+from megatron_bert.inference.lines import Text
+from megatron_bert.model import MegatronBertForMaskedLM
+
+CHUNK_TEXTS = 1024  # read and sorted by length together
+_PROJECTED_TOGETHER = 1024  # masks; bounds the logits to this many rows of the vocabulary
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One candidate for one mask; the fields are those of Transformers' fill-mask pipeline."""
+
+    token_str: str
+    token: int  # its number in the vocabulary
+    score: float  # probability among the tokenizer's tokens
+    sequence: str  # the text with it filled in; with several masks, the others and the special tokens are kept
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A text, and for each of its masks the candidates, the most probable first."""
+
+    text: str
+    predictions: list[list[Prediction]]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    ids: list[int]
+    mask_positions: list[int]
+
+
+class MaskedTextEncoder:
+    """Turns texts into token numbers, and refuses those that a model of ``max_tokens`` positions cannot fill.
+
+    ``truncate`` cuts texts that are too long; they are refused otherwise.
+    """
+
+    def __init__(self, tokenizer: MegatronBertTokenizer, max_tokens: int, *, truncate: bool = False) -> None:
+        if tokenizer.mask_token_id is None:
+            raise UserError("the tokenizer has no mask token")
+        self.tokenizer, self.max_tokens, self.truncate = tokenizer, max_tokens, truncate
+        self.num_tokens = max(tokenizer.get_vocab().values()) + 1  # rows of embeddings that its numbers need
+
+    def encode(self, texts: Sequence[Text]) -> list[_Encoded]:
+        """The texts in numbers. Raises ``UserError`` for one without a mask or with too many tokens, by its name."""
+        cut = {"truncation": True, "max_length": self.max_tokens} if self.truncate else {}
+        all_ids = self.tokenizer(
+            [text for text, _ in texts], return_attention_mask=False, return_token_type_ids=False, verbose=False, **cut
+        )["input_ids"]
+        return [self._checked(ids, where) for (_, where), ids in zip(texts, all_ids, strict=True)]
+
+    def check(self, texts: Iterable[Text]) -> int:
+        """How many texts there are. Raises ``UserError`` as ``encode`` does."""
+        return sum(len(self.encode(chunk)) for chunk in _chunks(texts, CHUNK_TEXTS))
+
+    def _checked(self, ids: list[int], where: str) -> _Encoded:
+        if len(ids) > self.max_tokens:
+            raise UserError(f"{where}: {len(ids)} tokens, and the model takes {self.max_tokens}; --truncate cuts it")
+        positions = [position for position, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+        if not positions:
+            within = f" within its first {self.max_tokens} tokens" if self.truncate else ""
+            raise UserError(f"{where}: no mask{within}; write {self.tokenizer.mask_token} or {MASK_SPELLING} in it")
+        return _Encoded(ids, positions)
+
+
+class MaskFiller:
+    """A masked language model that predicts ``top_k`` candidates a mask, in batches of at most ``batch_tokens`` tokens
+    (padding included, one text at least).
+
+    Each mask is predicted with the text's other masks masked. The vocabulary's padding rows (beyond the tokenizer)
+    take no part: they are never predicted and have no share in the probabilities.
+    """
+
+    def __init__(
+        self,
+        model: MegatronBertForMaskedLM,
+        encoder: MaskedTextEncoder,
+        *,
+        top_k: int = 5,
+        batch_tokens: int = 8192,
+    ) -> None:
+        check_top_k(top_k, encoder)
+        self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
+        self.top_k, self.batch_tokens = top_k, batch_tokens
+
+    def fill(self, texts: Iterable[str]) -> list[Filled]:
+        """The texts with their predictions, in order. Raises ``UserError`` as ``stream`` does."""
+        return list(self.stream(Text(text, f"text {number}") for number, text in enumerate(texts, start=1)))
+
+    def stream(self, texts: Iterable[Text], chunk_texts: int = CHUNK_TEXTS) -> Iterator[Filled]:
+        """The texts with their predictions, in order, ``chunk_texts`` read at a time.
+
+        Raises ``UserError`` for a text without a mask or too long for the model, before its chunk is predicted, and
+        for scores that are not numbers.
+        """
+        for chunk in _chunks(texts, chunk_texts):
+            encoded = self.encoder.encode(chunk)
+            answers: dict[int, list[list[Prediction]]] = {}
+            for batch in self._batches(encoded):
+                answers |= zip(batch, self._predict([encoded[index] for index in batch]), strict=True)
+            for index, text in enumerate(chunk):
+                yield Filled(text.text, answers[index])
+
+    def _batches(self, encoded: Sequence[_Encoded]) -> Iterator[list[int]]:
+        """Indices of texts of similar length, the longest first, so that memory runs out at once or not at all."""
+        batch: list[int] = []
+        for index in sorted(range(len(encoded)), key=lambda index: -len(encoded[index].ids)):
+            if batch and (len(batch) + 1) * len(encoded[batch[0]].ids) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(index)
+        yield batch
+
+    @torch.inference_mode()
+    def _predict(self, batch: Sequence[_Encoded]) -> list[list[list[Prediction]]]:
+        states_MD = self._states_at_masks(batch)
+        scores, tokens = [], []
+        for block_MD in torch.split(states_MD, _PROJECTED_TOGETHER):
+            logits_MV = self.model.cls(block_MD)[:, : self.encoder.num_tokens].float()
+            best = logits_MV.softmax(dim=-1).topk(self.top_k, dim=-1)
+            if not best.values.isfinite().all():
+                raise UserError(
+                    f"the model's scores are not numbers in {str(self.model.dtype).removeprefix('torch.')}: "
+                    "try --dtype float32; if it stays so, the weights are damaged"
+                )
+            scores += best.values.tolist()
+            tokens += best.indices.tolist()
+        candidates = iter(zip(scores, tokens, strict=True))
+        return [[self._name(text, at, *next(candidates)) for at in text.mask_positions] for text in batch]
+
+    def _states_at_masks(self, batch: Sequence[_Encoded]) -> Tensor:
+        """(M, D): the last hidden state at each mask, text by text."""
+        longest = max(len(text.ids) for text in batch)
+        input_ids = torch.full((len(batch), longest), self.tokenizer.pad_token_id or 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, text in enumerate(batch):
+            input_ids[row, : len(text.ids)] = torch.tensor(text.ids)
+            attention_mask[row, : len(text.ids)] = 1
+        padded = not bool(attention_mask.all())
+        device = self.model.device
+        hidden = self.model.bert(
+            input_ids.to(device), attention_mask=attention_mask.to(device) if padded else None
+        ).last_hidden_state
+        rows = [row for row, text in enumerate(batch) for _ in text.mask_positions]
+        columns = [position for text in batch for position in text.mask_positions]
+        at_masks: Tensor = hidden[torch.tensor(rows, device=device), torch.tensor(columns, device=device)]
+        return at_masks
+
+    def _name(self, text: _Encoded, position: int, scores: list[float], tokens: list[int]) -> list[Prediction]:
+        """The candidates for one mask in words, as Transformers' pipeline puts them."""
+        only_mask = len(text.mask_positions) == 1
+        predictions = []
+        for score, token in zip(scores, tokens, strict=True):
+            filled = [*text.ids[:position], token, *text.ids[position + 1 :]]
+            filled = [number for number in filled if number != self.tokenizer.pad_token_id]
+            sequence = str(self.tokenizer.decode(filled, skip_special_tokens=only_mask))
+            predictions.append(Prediction(str(self.tokenizer.decode([token])), token, score, sequence))
+        return predictions
+
+
+def load_encoder(path_or_name: str | os.PathLike[str], *, truncate: bool = False) -> MaskedTextEncoder:
+    """The tokenizer of the model in a folder or on the hub, for as many tokens as the model takes.
+
+    Raises ``UserError`` for what is wrong with the configuration, the tokenizer, or the one for the other.
+    """
+    config = check_model(path_or_name)
+    encoder = MaskedTextEncoder(load_tokenizer(path_or_name), config.max_position_embeddings, truncate=truncate)
+    check_vocabulary(config, encoder.num_tokens, os.fspath(path_or_name))
+    return encoder
+
+
+def load_mask_filler(
+    path_or_name: str | os.PathLike[str],
+    encoder: MaskedTextEncoder | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    top_k: int = 5,
+    batch_tokens: int = 8192,
+) -> MaskFiller:
+    """The model in a folder or on the hub, ready to fill masks; ``encoder`` is its own by default.
+
+    Raises ``UserError`` for whatever is wrong with it, before the weights are read where that can be seen before.
+    """
+    on = choose_device(device)
+    encoder = encoder or load_encoder(path_or_name)
+    check_top_k(top_k, encoder)
+    model = load_model(
+        MegatronBertForMaskedLM,
+        path_or_name,
+        dtype=choose_dtype(dtype, on),
+        required=("cls.predictions.transform.",),
+    )
+    model.to(on)  # type: ignore[arg-type]
+    return MaskFiller(model, encoder, top_k=top_k, batch_tokens=batch_tokens)
+
+
+def check_top_k(top_k: int, encoder: MaskedTextEncoder) -> None:
+    """Raises ``UserError`` where the vocabulary does not have ``top_k`` tokens."""
+    if not 1 <= top_k <= encoder.num_tokens:
+        raise UserError(f"top-k {top_k} is not between 1 and the vocabulary's {encoder.num_tokens} tokens")
+
+
+def _chunks(texts: Iterable[Text], size: int) -> Iterator[list[Text]]:
+    source = iter(texts)
+    while chunk := list(islice(source, size)):
+        yield chunk
