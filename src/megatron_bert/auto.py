@@ -45,7 +45,8 @@ def pipeline(task: str | None = None, model: Any = None, *args: Any, **kwargs: A
     if named and kwargs.get("tokenizer") is None and len(args) < 2 and _is_of_family(model, kwargs):
         options = {name: kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in kwargs}
         kwargs["tokenizer"] = AutoTokenizer.from_pretrained(model, **options)
-    return transformers.pipeline(task, model, *args, **kwargs)  # type: ignore[call-overload]
+    build: Any = transformers.pipeline  # overloaded by task name
+    return build(task, model, *args, **kwargs)
 
 
 def _is_of_family(name: str | os.PathLike[str], options: dict[str, Any]) -> bool:

@@ -23,8 +23,7 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 def attention_function(implementation: str) -> AttentionFunction:
     """The function that Transformers' attention interface holds under this name."""
-    function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-    return function
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
 
 
 def eager_attention(
@@ -77,20 +76,34 @@ def packed_attention(
     the model is set to it. CPU: one call a sequence, which no padded call beats. Otherwise padded for this step only.
     """
     if "flash" in implementation:
-        boundaries = {f"cu_seq_lens_{side}": layout.cu_seq_lens for side in "qk"}
-        lengths = {f"max_length_{side}": layout.max_length for side in "qk"}
-        function = attention_function(implementation)
-        arguments = {"is_causal": is_causal, "scaling": scaling, "dropout": dropout, **boundaries, **lengths}
-        return function(module, query, key, value, None, **arguments)[0]
-    arguments = {"is_causal": is_causal, "scale": scaling}
+        boundaries, longest = layout.cu_seq_lens, layout.max_length
+        context, _ = attention_function(implementation)(
+            module,
+            query,
+            key,
+            value,
+            None,
+            is_causal=is_causal,
+            scaling=scaling,
+            dropout=dropout,
+            cu_seq_lens_q=boundaries,
+            cu_seq_lens_k=boundaries,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        return context
     if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen_attention(query, key, value, layout, is_causal, scaling)
-    arguments["dropout_p"] = dropout
     if query.device.type == "cpu":
-        per_sequence = zip(*(states.split(layout.lengths, dim=2) for states in (query, key, value)), strict=True)
-        contexts = [F.scaled_dot_product_attention(q, k, v, **arguments) for q, k, v in per_sequence]
+        per_sequence = zip(
+            *(torch.split(states, list(layout.lengths), dim=2) for states in (query, key, value)), strict=True
+        )
+        contexts = [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
+            for q, k, v in per_sequence
+        ]
         return torch.cat(contexts, dim=2).transpose(1, 2)
-    return _padded_attention(query, key, value, layout, **arguments)
+    return _padded_attention(query, key, value, layout, is_causal, scaling, dropout)
 
 
 @cache
@@ -106,7 +119,7 @@ def _varlen_attention(
 ) -> Tensor:
     query_TNH, key_TNH, value_TNH = (states[0].transpose(0, 1) for states in (query, key, value))
     boundaries, longest = layout.cu_seq_lens, layout.max_length
-    context_TNH = varlen.varlen_attn(
+    context_TNH: Any = varlen.varlen_attn(
         query_TNH,
         key_TNH,
         value_TNH,
@@ -117,15 +130,17 @@ def _varlen_attention(
         scale=scaling,
         **_varlen_causal_arguments(is_causal),
     )
-    return context_TNH[None]
+    return context_TNH.unsqueeze(0)
 
 
-def _padded_attention(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, **arguments: Any) -> Tensor:
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float, dropout: float
+) -> Tensor:
     """The sequences side by side, padded to the longest, through `scaled_dot_product_attention`."""
     sequences = layout.side_by_side
-    padded = [sequences.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)]
+    query, key, value = (sequences.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
     mask = layout.side_by_side_mask
-    if arguments.pop("is_causal"):
+    if is_causal:
         mask = mask & torch.ones(2 * [layout.max_length], dtype=torch.bool, device=query.device).tril()
-    context = F.scaled_dot_product_attention(*padded, attn_mask=mask, **arguments)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return sequences.pack(context.transpose(1, 2))

@@ -58,7 +58,11 @@ class MegatronBertConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         cross_attention = _CROSS_ATTENTION_TP_PLAN if self.add_cross_attention else {}
-        self.base_model_tp_plan = {"embeddings.word_embeddings": "embedding_rowwise", **_LAYER_TP_PLAN, **cross_attention}
+        self.base_model_tp_plan = {
+            "embeddings.word_embeddings": "embedding_rowwise",
+            **_LAYER_TP_PLAN,
+            **cross_attention,
+        }
 
     def validate_architecture(self) -> None:
         """Refuses head counts that do not divide the hidden size (called by `PreTrainedConfig`'s validation)."""

@@ -3,13 +3,15 @@
 B batch, S sequence, D hidden, V vocabulary, L labels.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
@@ -19,7 +21,8 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from megatron_bert.model.configuration import MegatronBertConfig
 from megatron_bert.model.layers import (
@@ -68,7 +71,7 @@ class HeadModel(MegatronBertPreTrainedModel):
     def _run(
         self,
         inputs: dict[str, Any],
-        labels: dict[str, Tensor | None],
+        labels: Mapping[str, Tensor | None],
         return_dict: bool | None,
         predict: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -80,8 +83,10 @@ class HeadModel(MegatronBertPreTrainedModel):
         outputs = self.bert(**{"use_cache": False, **kwargs, **inputs}, layout=layout, unpad=layout is not None)
         predictions = self._predictions(outputs, layout, bool(given), **(predict or {}))
         loss = self._loss(predictions, given, **kwargs) if given else None
-        recorded = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "cross_attentions")}
-        fields = self.output_class.__dataclass_fields__
+        recorded = {
+            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "cross_attentions")
+        }
+        fields = {field.name for field in dataclasses.fields(self.output_class)}  # type: ignore[arg-type]
         recorded = {name: value for name, value in recorded.items() if name in fields}
         result = self.output_class(loss=loss, **predictions, **recorded)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
@@ -108,7 +113,7 @@ class HeadModel(MegatronBertPreTrainedModel):
     def _per_token(self, head: nn.Module, states: Tensor, layout: PackedLayout | None) -> Tensor:
         """A head of every token's state, at real tokens only: (B, S, D) -> (B, S, ...)."""
         if layout is None:
-            return head(states)  # type: ignore[no-any-return]
+            return head(states)
         return layout.unpack_in_blocks(head, layout.pack(states), _LOGITS_BLOCK_TOKENS)
 
     def _without_padding_rows(self, logits: Tensor, labels_given: bool) -> Tensor:
@@ -132,7 +137,7 @@ class _LanguageModel(HeadModel):
 
     def get_output_embeddings(self) -> nn.Module:
         """The projection onto the vocabulary."""
-        return self.cls.predictions.decoder  # type: ignore[no-any-return]
+        return self.cls.predictions.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Puts another projection in, and its bias."""
@@ -180,7 +185,7 @@ class MegatronBertForMaskedLM(_LanguageModel):
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        return self._run(inputs, {"labels": labels}, return_dict, **kwargs)  # type: ignore[no-any-return]
+        return self._run(inputs, {"labels": labels}, return_dict, **kwargs)
 
     def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
         logits = self._per_token(self.cls, outputs.last_hidden_state, layout)
@@ -198,7 +203,9 @@ class MegatronBertForCausalLM(_LanguageModel, GenerationMixin):
     def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__(config)
         if not config.is_decoder:
-            logger.warning("MegatronBertForCausalLM without is_decoder=True sees the tokens it predicts: set is_decoder=True.")
+            logger.warning(
+                "MegatronBertForCausalLM without is_decoder=True sees the tokens it predicts: set is_decoder=True."
+            )
         self.bert = MegatronBertModel(config, add_pooling_layer=False)
         self.cls = MegatronBertOnlyMLMHead(config)
         self.post_init()
@@ -221,7 +228,7 @@ class MegatronBertForCausalLM(_LanguageModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> tuple[Any, ...] | CausalLMOutputWithCrossAttentions:
-        """Logits of every position (or of `logits_to_keep`) and, with `labels` (B, S), the loss of the shifted labels."""
+        """Logits of every position (or of `logits_to_keep`) and, with `labels` (B, S), their loss, shifted by one."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -235,7 +242,7 @@ class MegatronBertForCausalLM(_LanguageModel, GenerationMixin):
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        return self._run(inputs, {"labels": labels}, return_dict, {"logits_to_keep": logits_to_keep}, **kwargs)  # type: ignore[no-any-return]
+        return self._run(inputs, {"labels": labels}, return_dict, {"logits_to_keep": logits_to_keep}, **kwargs)
 
     def _uses_cache(self, use_cache: bool | None) -> bool:
         return self.config.is_decoder and (self.config.use_cache if use_cache is None else use_cache)
@@ -255,7 +262,7 @@ class MegatronBertForCausalLM(_LanguageModel, GenerationMixin):
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
         logits = predictions["logits"]
-        return self.loss_function(logits=logits, labels=labels["labels"], vocab_size=self.config.vocab_size, **kwargs)  # type: ignore[no-any-return]
+        return self.loss_function(logits=logits, labels=labels["labels"], vocab_size=self.config.vocab_size, **kwargs)
 
 
 class MegatronBertForPreTraining(_LanguageModel):
@@ -286,7 +293,7 @@ class MegatronBertForPreTraining(_LanguageModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | MegatronBertForPreTrainingOutput:
-        """Both logits, and the sum of the losses of whichever of `labels` (B, S) and `next_sentence_label` (B,) is given.
+        """Both logits, and the sum of the losses of `labels` (B, S) and `next_sentence_label` (B,), as given.
 
         Raises:
             ValueError: for `next_sentence_label` given to a model without a binary head.
@@ -303,7 +310,7 @@ class MegatronBertForPreTraining(_LanguageModel):
             "output_hidden_states": output_hidden_states,
         }
         labels_by_name = {"labels": labels, "next_sentence_label": next_sentence_label}
-        return self._run(inputs, labels_by_name, return_dict, **kwargs)  # type: ignore[no-any-return]
+        return self._run(inputs, labels_by_name, return_dict, **kwargs)
 
     def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
         logits = self._per_token(self.cls.predictions, outputs.last_hidden_state, layout)
@@ -380,15 +387,14 @@ class MegatronBertForSequenceClassification(_LabelledModel):
         self.num_labels = config.num_labels
         self.bert = MegatronBertModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = Linear(config.hidden_size, config.num_labels)
+        self.classifier = Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
         return {"logits": self.classifier(self.dropout(outputs.pooler_output))}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        loss = self.loss_function(labels=labels["labels"], pooled_logits=predictions["logits"], config=self.config)
-        return loss  # type: ignore[no-any-return]
+        return self.loss_function(labels=labels["labels"], pooled_logits=predictions["logits"], config=self.config)
 
 
 class MegatronBertForMultipleChoice(_LabelledModel):
@@ -403,7 +409,14 @@ class MegatronBertForMultipleChoice(_LabelledModel):
         self.classifier = Linear(config.hidden_size, 1)
         self.post_init()
 
-    def _run(self, inputs: dict[str, Any], labels: dict[str, Tensor | None], return_dict: bool | None, **kwargs: Any) -> Any:
+    def _run(
+        self,
+        inputs: dict[str, Any],
+        labels: Mapping[str, Tensor | None],
+        return_dict: bool | None,
+        predict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         texts = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
         if texts is None:
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -430,7 +443,7 @@ class MegatronBertForTokenClassification(_LabelledModel):
         self.num_labels = config.num_labels
         self.bert = MegatronBertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = Linear(config.hidden_size, config.num_labels)
+        self.classifier = Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
@@ -453,7 +466,7 @@ class MegatronBertForQuestionAnswering(HeadModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = MegatronBertModel(config, add_pooling_layer=False)
-        self.qa_outputs = Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     def forward(
@@ -470,7 +483,7 @@ class MegatronBertForQuestionAnswering(HeadModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | QuestionAnsweringModelOutput:
-        """Both logits and, with both positions (B,), the mean of their losses; positions beyond the text do not count."""
+        """Both logits and, with both positions (B,), the mean of their losses; positions beyond S do not count."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -480,10 +493,10 @@ class MegatronBertForQuestionAnswering(HeadModel):
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        labels: dict[str, Tensor | None] = {}
+        labels: Mapping[str, Tensor | None] = {}
         if start_positions is not None and end_positions is not None:
             labels = {"start_positions": start_positions, "end_positions": end_positions}
-        return self._run(inputs, labels, return_dict, **kwargs)  # type: ignore[no-any-return]
+        return self._run(inputs, labels, return_dict, **kwargs)
 
     def _layout(
         self, inputs: dict[str, Any], labels: dict[str, Tensor], unpad: bool = True, **kwargs: Any
@@ -499,13 +512,13 @@ class MegatronBertForQuestionAnswering(HeadModel):
         return {"start_logits": start_logits, "end_logits": end_logits}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        return self.loss_function(**predictions, **labels)  # type: ignore[no-any-return]
+        return self.loss_function(**predictions, **labels)
 
 
 def _token_loss(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
 ) -> Tensor:
-    """Cross-entropy over the labels that count: their mean, or their sum over the global number that a trainer gives."""
+    """Cross-entropy of the labels that count: the mean, or the sum over the global number that a trainer gives."""
     flat_logits, flat_labels = logits.flatten(0, -2), labels.flatten().to(logits.device)
     if num_items_in_batch is None:
         return F.cross_entropy(flat_logits, flat_labels, ignore_index=_IGNORED)
@@ -513,7 +526,7 @@ def _token_loss(
 
 
 def _kept(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The states at the last positions, at given positions, or under a boolean (B, S) mask, as Transformers spells it."""
+    """The states at the last positions, at given positions, or under a boolean (B, S) mask."""
     if isinstance(logits_to_keep, int):
         return states[:, -logits_to_keep:]
     if logits_to_keep.ndim == 1:

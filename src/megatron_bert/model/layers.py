@@ -2,7 +2,7 @@
 
     x -> x + attention(norm(x)) -> + mlp(norm(.)) -> ...  and one norm after the last layer
 
-There is no norm after the embeddings. Module names are those of Transformers' `megatron-bert`, so are the weights' names.
+There is no norm after the embeddings. Modules and weights have the names of Transformers' `megatron-bert`.
 
 B batch, S sequence (or 1 and T packed tokens), D hidden, N heads, H head dimension, F feed-forward, V vocabulary.
 """
@@ -56,7 +56,7 @@ class MegatronBertEmbeddings(nn.Module):
 class MegatronBertSelfAttention(nn.Module):
     """Multi-head attention of hidden states with themselves, or with an encoder's (cross-attention)."""
 
-    def __init__(self, config: MegatronBertConfig, layer_idx: int | None = None, is_cross_attention: bool = False) -> None:
+    def __init__(self, config: MegatronBertConfig, layer_idx: int = 0, is_cross_attention: bool = False) -> None:
         super().__init__()
         self.config = config
         self.num_attention_heads = config.num_attention_heads
@@ -116,13 +116,13 @@ class MegatronBertSelfAttention(nn.Module):
 
     def _split_heads(self, states: Tensor) -> Tensor:
         """(B, S, N * H) -> (B, N, S, H)."""
-        return states.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+        return states.view(*states.shape[:-1], -1, self.attention_head_size).transpose(1, 2)
 
     def _cross_keys_values(self, encoder_hidden_states: Tensor, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the encoder's states, of any length: computed once a generation where there is a cache."""
         cache = past_key_values if isinstance(past_key_values, EncoderDecoderCache) else None
         if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         key = self._split_heads(self.key(encoder_hidden_states))
         value = self._split_heads(self.value(encoder_hidden_states))
@@ -147,7 +147,7 @@ class MegatronBertSelfOutput(nn.Module):
 class MegatronBertAttention(nn.Module):
     """x + attention(norm(x)): the first half of a layer, or its cross-attention."""
 
-    def __init__(self, config: MegatronBertConfig, layer_idx: int | None = None, is_cross_attention: bool = False) -> None:
+    def __init__(self, config: MegatronBertConfig, layer_idx: int = 0, is_cross_attention: bool = False) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self = MegatronBertSelfAttention(config, layer_idx, is_cross_attention)
@@ -155,8 +155,7 @@ class MegatronBertAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         context, _ = self.self(self.ln(hidden_states), *args, **kwargs)
-        output: Tensor = self.output(context, hidden_states)
-        return output
+        return self.output(context, hidden_states)
 
 
 class MegatronBertIntermediate(nn.Module):
@@ -168,8 +167,7 @@ class MegatronBertIntermediate(nn.Module):
         self.intermediate_act_fn = _activation(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        activated: Tensor = self.intermediate_act_fn(self.dense(hidden_states))
-        return activated
+        return self.intermediate_act_fn(self.dense(hidden_states))
 
 
 class MegatronBertOutput(nn.Module):
@@ -187,7 +185,7 @@ class MegatronBertOutput(nn.Module):
 class MegatronBertLayer(GradientCheckpointingLayer):
     """One layer: self-attention, cross-attention where the configuration asks for it, and the MLP, each pre-norm."""
 
-    def __init__(self, config: MegatronBertConfig, layer_idx: int | None = None) -> None:
+    def __init__(self, config: MegatronBertConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
         self.seq_len_dim = 1
@@ -214,19 +212,19 @@ class MegatronBertLayer(GradientCheckpointingLayer):
         hidden_states = self.attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
         if self.is_decoder and encoder_hidden_states is not None:
             if not self.add_cross_attention:
-                raise ValueError("encoder_hidden_states need a model with cross-attention: set add_cross_attention=True")
+                raise ValueError(
+                    "encoder_hidden_states need a model with cross-attention: set add_cross_attention=True"
+                )
             hidden_states = self.crossattention(
                 hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values, **kwargs
             )
-        output: Tensor = apply_chunking_to_forward(
+        return apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
         )
-        return output
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """x + mlp(norm(x)): the second half of the layer."""
-        output: Tensor = self.output(self.intermediate(self.ln(attention_output)), attention_output)
-        return output
+        return self.output(self.intermediate(self.ln(attention_output)), attention_output)
 
 
 class MegatronBertEncoder(nn.Module):
@@ -235,15 +233,16 @@ class MegatronBertEncoder(nn.Module):
     def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList(MegatronBertLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(
+            MegatronBertLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
         self.ln = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for layer in self.layer:
             hidden_states = layer(hidden_states, *args, **kwargs)
-        normalized: Tensor = self.ln(hidden_states)
-        return normalized
+        return self.ln(hidden_states)
 
 
 class MegatronBertPooler(nn.Module):
@@ -256,8 +255,7 @@ class MegatronBertPooler(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, D) -> (B, D)."""
-        pooled: Tensor = self.activation(self.dense(hidden_states[:, 0]))
-        return pooled
+        return self.activation(self.dense(hidden_states[:, 0]))
 
 
 class MegatronBertPredictionHeadTransform(nn.Module):
@@ -270,8 +268,7 @@ class MegatronBertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        transformed: Tensor = self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
-        return transformed
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
 
 
 class MegatronBertLMPredictionHead(nn.Module):
@@ -284,8 +281,7 @@ class MegatronBertLMPredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        logits: Tensor = self.decoder(self.transform(hidden_states))
-        return logits
+        return self.decoder(self.transform(hidden_states))
 
 
 class MegatronBertOnlyMLMHead(nn.Module):
@@ -296,8 +292,7 @@ class MegatronBertOnlyMLMHead(nn.Module):
         self.predictions = MegatronBertLMPredictionHead(config)
 
     def forward(self, sequence_output: Tensor) -> Tensor:
-        logits: Tensor = self.predictions(sequence_output)
-        return logits
+        return self.predictions(sequence_output)
 
 
 class MegatronBertOnlyNSPHead(nn.Module):
@@ -308,8 +303,7 @@ class MegatronBertOnlyNSPHead(nn.Module):
         self.seq_relationship = Linear(config.hidden_size, 2)
 
     def forward(self, pooled_output: Tensor) -> Tensor:
-        logits: Tensor = self.seq_relationship(pooled_output)
-        return logits
+        return self.seq_relationship(pooled_output)
 
 
 class MegatronBertPreTrainingHeads(nn.Module):
@@ -326,5 +320,4 @@ class MegatronBertPreTrainingHeads(nn.Module):
 
 
 def _activation(config: MegatronBertConfig) -> nn.Module:
-    activation: nn.Module = ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
-    return activation
+    return ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act

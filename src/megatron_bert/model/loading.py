@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 __all__ = ["LoadingMixin", "num_tokens_beside"]
 
@@ -21,7 +21,7 @@ class LoadingMixin:
     """`from_pretrained` for checkpoints as they are found."""
 
     num_tokens: int | None = None
-    """Tokens that the checkpoint's own tokenizer knows; the vocabulary's rows beyond are padding and are never predicted.
+    """Tokens of the checkpoint's own tokenizer; the vocabulary's rows beyond are padding and are never predicted.
 
     None where no tokenizer lies beside the weights. Not part of the configuration: it is looked up at each load.
     """
@@ -37,7 +37,7 @@ class LoadingMixin:
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
         with _held_back_report() as records:
             try:
-                model, info = super().from_pretrained(  # type: ignore[misc]
+                model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
             except Exception:
@@ -56,7 +56,7 @@ class LoadingMixin:
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' `resize_token_embeddings`; all rows count as tokens from then on."""
         self.num_tokens = None
-        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        return super().resize_token_embeddings(*args, **kwargs)
 
 
 def num_tokens_beside(path_or_name: str | os.PathLike[str], **hub_arguments: Any) -> int | None:
@@ -108,7 +108,9 @@ def _replay(records: list[logging.LogRecord]) -> None:
 
 def _report(class_name: str, info: dict[str, Any]) -> None:
     if missing := info.get("missing_keys"):
-        logger.warning("%s: not in the checkpoint and newly initialized, so train before use: %s", class_name, _names(missing))
+        logger.warning(
+            "%s: not in the checkpoint and newly initialized, so train before use: %s", class_name, _names(missing)
+        )
     if unexpected := info.get("unexpected_keys"):
         logger.warning("%s: in the checkpoint and not used by this class: %s", class_name, _names(unexpected))
 

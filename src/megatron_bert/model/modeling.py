@@ -98,7 +98,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         """The word embeddings."""
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Puts other word embeddings in."""
         self.embeddings.word_embeddings = value
 
@@ -125,7 +125,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         Their `pooler_output` has one row a sequence.
 
         Raises:
-            ValueError: for both or neither of `input_ids` and `inputs_embeds`, and more tokens than there are positions.
+            ValueError: for both or neither of `input_ids` and `inputs_embeds`, or too many tokens for its positions.
         """
         config = self.config
         if output_attentions is None:
@@ -222,7 +222,10 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
 
     def _can_pack(self, output_attentions: bool | None, output_hidden_states: bool | int | list[int] | None) -> bool:
         """Whether nothing is asked for that only padded execution gives."""
-        recorded = (output_attentions, self.config.output_attentions), (output_hidden_states, self.config.output_hidden_states)
+        recorded = (
+            (output_attentions, self.config.output_attentions),
+            (output_hidden_states, self.config.output_hidden_states),
+        )
         wanted = any(default if given is None else given is not False for given, default in recorded)
         chunked = self.config.chunk_size_feed_forward > 0
         return not wanted and not chunked and runs_packed(self.config._attn_implementation)
@@ -245,7 +248,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         """(1 or B, S): positions that go on from the cache, or restart with each sequence of packed rows."""
         if boundaries is not None:
             return restarting_positions(boundaries, batch_shape)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         available: Tensor = self.embeddings.position_ids
         if isinstance(past, Tensor):  # a static cache counts on the device
             return available[:, : batch_shape[1]] + past
@@ -264,7 +267,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         boundaries: Tensor | None,
         output_attentions: bool,
     ) -> Any:
-        """The self-attention mask as the attention implementation takes it: causal for decoders, one block a sequence."""
+        """The self-attention mask as the implementation takes it: causal for decoders, one block a sequence."""
         same_sequence = None
         if boundaries is not None:
             ids_BS = sequence_ids(boundaries, (embeddings.shape[0], embeddings.shape[1]))

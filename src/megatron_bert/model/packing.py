@@ -68,9 +68,9 @@ class PackedLayout:
     def unpack(self, packed_1Tx: Tensor) -> Tensor:
         """(1, T, ...) -> (B, S, ...), with zeros at padding."""
         if self.indices_T is None:
-            return packed_1Tx[0].unflatten(0, self.batch_shape)
+            return packed_1Tx.view(*self.batch_shape, *packed_1Tx.shape[2:])
         flat = packed_1Tx.new_zeros(self.batch_shape[0] * self.batch_shape[1], *packed_1Tx.shape[2:])
-        return flat.index_copy(0, self.indices_T, packed_1Tx[0]).unflatten(0, self.batch_shape)
+        return flat.index_copy(0, self.indices_T, packed_1Tx[0]).view(*self.batch_shape, *packed_1Tx.shape[2:])
 
     def unpack_in_blocks(self, function: Callable[[Tensor], Tensor], packed_1TD: Tensor, block_tokens: int) -> Tensor:
         """`unpack(function(packed))` without holding the packed result: for outputs as wide as a vocabulary."""
@@ -84,7 +84,7 @@ class PackedLayout:
                 flat = block.new_zeros(self.batch_shape[0] * self.batch_shape[1], *block.shape[1:])
             flat.index_copy_(0, self.indices_T[start : start + block_tokens], block)
         assert flat is not None
-        return flat.unflatten(0, self.batch_shape)
+        return flat.view(*self.batch_shape, *flat.shape[1:])
 
 
 def layout_of_padding(attention_mask: Tensor | None) -> PackedLayout | None:
@@ -125,7 +125,7 @@ def layout_of_positions(position_ids: Tensor | None) -> PackedLayout | None:
         return None
     starts_BS = position_ids == 0
     rows, columns = position_ids.shape
-    counts_up = bool((starts_BS[:, 0].all() & (starts_BS[:, 1:] | (position_ids.diff(dim=-1) == 1)).all()))
+    counts_up = bool(starts_BS[:, 0].all() & (starts_BS[:, 1:] | (position_ids.diff(dim=-1) == 1)).all())
     starts = starts_BS.flatten().nonzero()[:, 0].tolist()
     if not counts_up or len(starts) == rows:
         return None
