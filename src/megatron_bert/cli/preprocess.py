@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert preprocess`."""
     parser.add_argument("--input", nargs="+", required=True, metavar="F", help="files or quoted globs")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="a tokenizer's folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="path of the token file, no suffix")
+    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="the token file, no suffix")
     parser.add_argument("--language", default="en", metavar="CODE", help="whose sentence rules (default: %(default)s)")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="the text's key in JSON lines (default: text)")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of a JSON line's text (default: text)")
     parser.add_argument(
         "--wrapped-lines", action="store_true", help="a line break is a space, not the end of a sentence"
     )
@@ -26,15 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the token file and prints the report."""
-    from transformers import AutoTokenizer
-
     from megatron_bert.data.preprocess import preprocess
     from megatron_bert.data.sentences import SentenceSplitter
     from megatron_bert.data.text import expand_inputs
+    from megatron_bert.data.tokenization import load_tokenizer
 
     splitter = SentenceSplitter(args.language, wrapped_lines=args.wrapped_lines)
     files = expand_inputs(args.input)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer)
     report = preprocess(
         files,
         tokenizer.backend_tokenizer,

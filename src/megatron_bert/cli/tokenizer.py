@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--cased", action="store_true", help="keep upper case and accents")
     train.add_argument("--no-split-chinese", action="store_true", help="do not make each Chinese character a word")
     train.add_argument("--min-frequency", type=int, default=2, metavar="N", help="least occurrences of a new piece")
-    train.add_argument("--alphabet-limit", type=int, metavar="N", help="most single characters (default: half the size)")
-    train.add_argument("--json-key", default="text", metavar="KEY", help="the text's key in JSON lines (default: text)")
+    train.add_argument("--alphabet-limit", type=int, metavar="N", help="most characters (default: half the size)")
+    train.add_argument("--json-key", default="text", metavar="KEY", help="key of a JSON line's text (default: text)")
     train.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
     inspect = actions.add_parser("inspect", help="show a tokenizer", description="Show what a tokenizer does.")
     inspect.add_argument("folder", type=Path, metavar="DIR", help="a tokenizer's or model's folder")
@@ -64,11 +64,10 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
+    from megatron_bert.data.tokenization import load_tokenizer
     from megatron_bert.data.vocabulary import fingerprint
 
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    tokenizer = load_tokenizer(args.folder)
     vocabulary = tokenizer.get_vocab()
     return {
         "folder": str(args.folder),

@@ -103,7 +103,8 @@ class IndexedWriter:
 
     def add(self, tokens: npt.NDArray[Any], lengths: Int32Array, sentences_per_document: Sequence[int]) -> None:
         """Appends whole documents: their tokens end to end, the length of each sentence, and how many each has."""
-        assert lengths.sum() == len(tokens) and sum(sentences_per_document) == len(lengths)
+        assert lengths.sum() == len(tokens)
+        assert sum(sentences_per_document) == len(lengths)
         self._tokens.write(tokens.astype(self.dtype).tobytes())
         self._lengths.append(lengths.astype("<i4"))
         self._ends.append(np.cumsum(sentences_per_document, dtype="<i8") + self.num_sequences)
@@ -235,4 +236,5 @@ def _read_provenance(path: Path) -> Provenance | None:
     try:
         return Provenance.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path} is damaged ({error.errors()[0]['msg']}); run megatron-bert preprocess again") from error
+        problem = error.errors()[0]["msg"]
+        raise UserError(f"{path} is damaged ({problem}); run megatron-bert preprocess again") from error

@@ -8,6 +8,8 @@ unmasked token for right: at fine-tuning there is no [MASK]). Sources: Devlin et
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,31 +103,49 @@ def choose_spans(
         blocked: bool [W], words that may not be chosen (special tokens).
         budget: the expected number of tokens to choose.
     """
-    sizes = np.arange(1, min(max_words, len(word_lengths)) + 1)
     ends = np.concatenate([[0], np.cumsum(word_lengths)])
-    taken = blocked.tolist()
-    places = [_free_places(blocked, int(n)) for n in sizes]
-    sizes = np.array([n for n, place in zip(sizes, places, strict=True) if len(place)], np.int64)
-    places = [place for place in places if len(place)]
-    if not len(sizes):
+    places = {n: place for n in range(1, max_words + 1) if len(place := _free_places(blocked, n))}
+    if not places:
         return []
-    odds = np.cumsum((1 / sizes) / (1 / sizes).sum())
-    lengths = [ends[place + n] - ends[place] for n, place in zip(sizes, places, strict=True)]
-    longest = max(int(length.max()) for length in lengths)
+    odds = np.array([1 / n for n in places])
+    odds /= odds.sum()
+    chances = np.cumsum(odds).tolist()
+    excess = _Excess(odds, [ends[place + n] - ends[place] for n, place in places.items()])
+    kinds, taken = list(places), blocked.tolist()
     spans: list[tuple[int, int]] = []
     left = budget
     while left > 0:
-        if left < longest and rng.random() >= left / (left + _expected_excess(left, odds, lengths)):
+        if rng.random() * (left + excess.over(left)) >= left:
             break
-        kind = int(np.searchsorted(odds, rng.random() * odds[-1], side="right"))
-        start = _place(places[kind], int(sizes[kind]), taken, rng)
+        words = kinds[min(bisect_right(chances, rng.random()), len(kinds) - 1)]
+        start = _place(places[words], words, taken, rng)
         if start is None:
             break
-        words = int(sizes[kind])
         taken[start : start + words] = [True] * words
         spans.append((start, words))
         left -= float(ends[start + words] - ends[start])
     return spans
+
+
+class _Excess:
+    """E[max(L - r, 0)] for the length L in tokens of a run drawn at random, any r >= 0.
+
+    Between two whole numbers it is linear in r: E[L; L > r] - r P[L > r].
+    """
+
+    def __init__(self, odds: npt.NDArray[np.float64], lengths: Sequence[IntArray]) -> None:
+        longest = max(int(length.max()) for length in lengths)
+        share = np.zeros(longest + 1)
+        for odd, length in zip(odds, lengths, strict=True):
+            share += odd / len(length) * np.bincount(length, minlength=longest + 1)
+        above = np.cumsum(share[::-1])[::-1]
+        length_above = np.cumsum((share * np.arange(longest + 1))[::-1])[::-1]
+        self._above, self._length_above = above[1:].tolist(), length_above[1:].tolist()
+
+    def over(self, left: float) -> float:
+        """The expected excess over `left` tokens."""
+        whole = int(left)
+        return self._length_above[whole] - left * self._above[whole] if whole < len(self._above) else 0.0
 
 
 def _free_places(blocked: npt.NDArray[np.bool_], words: int) -> IntArray:
@@ -134,14 +154,9 @@ def _free_places(blocked: npt.NDArray[np.bool_], words: int) -> IntArray:
     return np.flatnonzero(before[words:] == before[: len(before) - words])
 
 
-def _expected_excess(left: float, odds: npt.NDArray[np.float64], lengths: list[IntArray]) -> float:
-    shares = np.diff(odds, prepend=0.0)
-    return float(sum(p * np.maximum(length - left, 0).mean() for p, length in zip(shares, lengths, strict=True)))
-
-
 def _place(places: IntArray, words: int, taken: list[bool], rng: np.random.Generator) -> int | None:
-    for draw in (rng.random(_TRIES) * len(places)).astype(np.int64).tolist():
-        start = int(places[draw])
+    for _ in range(_TRIES):
+        start = int(places[int(rng.random() * len(places))])
         if not any(taken[start : start + words]):
             return start
     return None

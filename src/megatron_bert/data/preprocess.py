@@ -59,7 +59,7 @@ class Report:
         """The report for a person."""
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
         return [
-            f"documents  {self.documents:,} (dropped: {dropped}; with one sentence only: {self.one_sentence_documents:,})",
+            f"documents  {self.documents:,} (of one sentence: {self.one_sentence_documents:,}; dropped: {dropped})",
             f"sentences  {self.sentences:,}",
             f"tokens     {self.tokens:,}",
             f"unknown    {self.unknown_tokens:,} tokens, {100 * self.unknown_share:.3f} %",

@@ -19,7 +19,16 @@ from megatron_bert.data.masking import IGNORED, Masker
 from megatron_bert.data.randomness import Purpose, generator
 from megatron_bert.errors import UserError
 
-__all__ = ["IN_ORDER", "SWAPPED", "EpochIndex", "Sample", "SampleBuilder", "SampleKey", "SampleRules", "split_documents"]
+__all__ = [
+    "IN_ORDER",
+    "SWAPPED",
+    "EpochIndex",
+    "Sample",
+    "SampleBuilder",
+    "SampleKey",
+    "SampleRules",
+    "split_documents",
+]
 
 IN_ORDER, SWAPPED = 0, 1  # the pair label, as Transformers' `next_sentence_label` has it: 0 for "B follows A"
 _FRAME_TOKENS = 3  # [CLS] A [SEP] B [SEP]
@@ -27,7 +36,8 @@ _FRAME_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 IntArray = npt.NDArray[np.int64]
 
 
-class SampleKey(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SampleKey:
     """Where a sample stands, and the sentences [first, stop) that it is made from."""
 
     epoch: int
@@ -207,8 +217,8 @@ def split_documents(reader: IndexedReader, validation_share: float, seed: int) -
     training, validation = np.sort(drawn[~held_out]), np.sort(drawn[held_out])
     if not tokens[training].sum():
         raise UserError(
-            f"data.validation_share {validation_share} takes all {len(tokens):,} documents and leaves none to train on; "
-            f"lower it or name a separate file in data.validation"
+            f"data.validation_share {validation_share} takes all {len(tokens):,} documents and leaves none to train "
+            f"on; lower it or name a separate file in data.validation"
         )
     if validation_share and not tokens[validation].sum():
         raise UserError("data.validation_share takes only empty documents; raise it")

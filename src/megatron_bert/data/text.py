@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_bert.errors import UserError
 
 __all__ = ["Document", "expand_inputs", "read_documents"]
 
-_OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
-    ".gz": lambda path: cast(BinaryIO, gzip.open(path, "rb")),
-    ".xz": lambda path: cast(BinaryIO, lzma.open(path, "rb")),
-}
+_COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 
 
@@ -59,17 +55,20 @@ def read_documents(file: Path, json_key: str = "text") -> Iterator[Document]:
         UserError: not UTF-8, bad JSON, a missing key, a damaged or half-downloaded compressed file; with file and line.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    opener = _OPENERS.get(suffixes[-1]) if suffixes else None
-    kind = (suffixes[-2:-1] or [""])[0] if opener else (suffixes[-1:] or [""])[0]
-    with opener(file) if opener else file.open("rb") as stream:
+    opener = _COMPRESSIONS.get(suffixes[-1], open) if suffixes else open
+    kind = suffixes[:-1] if suffixes and suffixes[-1] in _COMPRESSIONS else suffixes
+    with opener(file, "rb") as stream:
         lines = _lines(stream, file)
-        yield from _json_lines(lines, file, json_key) if kind in _JSON_LINES else _blank_line_separated(lines, file)
+        if kind and kind[-1] in _JSON_LINES:
+            yield from _json_lines(lines, file, json_key)
+        else:
+            yield from _blank_line_separated(lines, file)
 
 
 def _lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines without their line break; the numbers start at 1."""
     number = 0
-    raw_lines = iter(io.BufferedReader(stream, 1 << 20) if isinstance(stream, io.RawIOBase) else stream)
+    raw_lines = iter(stream)
     while True:
         try:
             raw = next(raw_lines, None)

@@ -63,12 +63,15 @@ def open_corpus(configuration: PretrainConfiguration, tokenizer: PreTrainedToken
     """
     data, objective, seed = configuration.data, configuration.objective, configuration.training.seed
     rules = SampleRules(seed, data.row_tokens, data.short_share, objective.pair != "none")
+    vocabulary = tokenizer.get_vocab()
+    cls, sep, pad = (vocabulary[_token(tokenizer, name)] for name in ("cls_token", "sep_token", "pad_token"))
     masker = Masker.of_vocabulary(
-        tokenizer.get_vocab(), tokenizer.all_special_tokens, _token(tokenizer, "mask_token"),
-        share=objective.mask_share, max_words=objective.max_masked_words,
-    )  # fmt: skip
-    cls, sep = (tokenizer.convert_tokens_to_ids(_token(tokenizer, name)) for name in ("cls_token", "sep_token"))
-    pad = tokenizer.convert_tokens_to_ids(_token(tokenizer, "pad_token"))
+        vocabulary,
+        tokenizer.all_special_tokens,
+        _token(tokenizer, "mask_token"),
+        share=objective.mask_share,
+        max_words=objective.max_masked_words,
+    )
 
     def part(reader: IndexedReader, documents: IntArray) -> Part:
         return Part(SampleBuilder(reader, rules, masker, cls, sep), documents)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, MegatronBertConfig, MegatronBertForPreTraining, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_bert.data.batches import BatchLayout, Position
 from megatron_bert.data.files import written_aside
+from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.errors import UserError
+from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.training.configuration import ModelSection, PretrainConfiguration
 from megatron_bert.training.corpus import Corpus, open_corpus
 from megatron_bert.training.export import write_model_folder
@@ -47,10 +49,11 @@ def pretrain(configuration: PretrainConfiguration, *, overwrite: bool = False, p
     if metrics.exists() and not overwrite:
         raise UserError(f"{folder} holds a run already; choose another output or add --overwrite")
     device = _device(configuration.runtime.device)
-    tokenizer = AutoTokenizer.from_pretrained(configuration.data.tokenizer)
+    tokenizer = load_tokenizer(configuration.data.tokenizer)
     corpus = open_corpus(configuration, tokenizer)
     torch.manual_seed(configuration.training.seed)
-    model = build_model(configuration.model, tokenizer).to(device)
+    model = build_model(configuration.model, tokenizer)
+    model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
     log.info("%s parameters on %s; %s", f"{model.num_parameters():,}", device, _corpus_line(corpus))
     folder.mkdir(parents=True, exist_ok=True)
     with written_aside(folder / "recipe.yaml") as aside:

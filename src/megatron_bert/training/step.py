@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.training.objective import MicroBatch, mean_loss, pretraining_losses
+from megatron_bert.training.objective import Losses, MicroBatch, mean_loss, pretraining_losses
 
 __all__ = ["Sums", "autocast", "evaluate_batch", "train_step"]
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """What a step (or several, added) saw. The tensors stay on the device until somebody looks."""
 
     masked_lm: Tensor | float = 0.0
@@ -27,7 +28,14 @@ class Sums(NamedTuple):
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
-        return Sums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        names = [field.name for field in fields(self)]
+        return Sums(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    @classmethod
+    def of(cls, losses: Losses, batch: MicroBatch) -> Sums:
+        """Those of one batch."""
+        tensors = [loss.detach() for loss in losses]
+        return cls(*tensors, batch.num_masked, batch.num_pairs, batch.num_tokens)  # type: ignore[arg-type, call-arg]
 
     def means(self) -> dict[str, float]:
         """Losses in nats per masked token and per pair, and the shares predicted right; nothing of what was not there.
@@ -75,8 +83,7 @@ def train_step(
         with autocast(device, precision):
             losses = pretraining_losses(model, batch)
         mean_loss(losses, num_masked, num_pairs).backward()  # type: ignore[no-untyped-call]
-        seen = [loss.detach() for loss in losses]
-        sums = sums.plus(Sums(*seen, batch.num_masked, batch.num_pairs, batch.num_tokens))
+        sums = sums.plus(Sums.of(losses, batch))
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -89,4 +96,4 @@ def evaluate_batch(model: nn.Module, cpu_batch: MicroBatch, device: torch.device
     batch = cpu_batch.to(device)
     with autocast(device, precision):
         losses = pretraining_losses(model, batch)
-    return Sums(*losses, batch.num_masked, batch.num_pairs, batch.num_tokens)
+    return Sums.of(losses, batch)
