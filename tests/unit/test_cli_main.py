@@ -15,6 +15,7 @@ from megatron_bert.cli import VERBS, Verb
 from megatron_bert.cli import main as frame
 from megatron_bert.errors import UserError
 
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
 COMMAND = [sys.executable, "-m", "megatron_bert"]
 
 
@@ -133,7 +134,9 @@ def test_what_the_package_logs_is_shown_once_with_the_verb(verb, capsys):
 
 def test_a_full_disk_is_seen_at_the_last_flush():
     with open("/dev/full", "w") as full:
-        result = subprocess.run([*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(
+            [*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, check=False
+        )
     assert result.returncode == 2
     assert result.stderr == "megatron-bert: error: cannot write the output: No space left on device\n"
 
@@ -141,7 +144,9 @@ def test_a_full_disk_is_seen_at_the_last_flush():
 def test_a_closed_pipe_ends_quietly():
     read, write = os.pipe()
     os.close(read)
-    result = subprocess.run([*COMMAND, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(
+        [*COMMAND, "--help"], stdout=write, stderr=subprocess.PIPE, text=True, env=BUFFERED, check=False
+    )
     os.close(write)
     assert (result.returncode, result.stderr) == (141, "")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from megatron_bert.errors import UserError
@@ -85,7 +86,7 @@ def check_config(folder: Path) -> MegatronBertConfig:
         raise UserError(f"{file}: num_attention_heads {heads} does not divide hidden_size {hidden}")
     try:
         return MegatronBertConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{file}: {error}") from error
 
 

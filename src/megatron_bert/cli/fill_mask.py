@@ -68,10 +68,10 @@ def _fill(args: argparse.Namespace) -> int:
     from megatron_bert.inference.device import choose_device
     from megatron_bert.inference.fill_mask import load_encoder, load_mask_filler
 
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     choose_device(args.device)  # what can be wrong without the weights is looked at without them
     encoder = load_encoder(args.model, truncate=args.truncate)
     total = _check_texts(args, encoder)
@@ -79,12 +79,12 @@ def _fill(args: argparse.Namespace) -> int:
         args.model, encoder, device=args.device, dtype=args.dtype, top_k=args.top_k, batch_tokens=args.batch_tokens
     )
     _choose_encoding(args.json)
-    interactive = not args.texts and args.file in (None, "-") and sys.stdin.isatty()
     show = _as_json if args.json else _as_table
     try:
         with tqdm(total=total, unit=" texts", delay=2, disable=not sys.stderr.isatty()) as progress:
-            for result in filler.stream(_texts(args), **({"chunk_texts": 1} if interactive else {})):
+            for result in filler.stream(_texts(args)):
                 tqdm.write(show(result), file=sys.stdout)
+                sys.stdout.flush()  # whoever sends text line by line gets its answer before the next line
                 progress.update()
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
@@ -93,20 +93,23 @@ def _fill(args: argparse.Namespace) -> int:
 
 def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | None:
     """How many texts there are, all of them checked; None for a stream, whose texts are checked as they come."""
-    stream = not args.texts and (args.file in (None, "-") or not stat.S_ISREG(os.stat(args.file).st_mode))
-    return None if stream else encoder.check(_texts(args))
+    return None if _is_stream(args) else encoder.check(_texts(args))
 
 
-def _texts(args: argparse.Namespace) -> Iterator[Text]:
-    from megatron_bert.inference.lines import texts_of_arguments, texts_of_lines
+def _texts(args: argparse.Namespace) -> Iterator[list[Text]]:
+    from megatron_bert.inference.lines import texts_of_arguments, texts_of_file, texts_of_stream
 
     if args.texts:
-        yield from texts_of_arguments(args.texts)
+        yield texts_of_arguments(args.texts)
     elif args.file in (None, "-"):
-        yield from texts_of_lines(sys.stdin.buffer, "standard input")
+        yield from texts_of_stream(sys.stdin.buffer, "standard input")
     else:
-        with open(args.file, "rb") as lines:
-            yield from texts_of_lines(lines, args.file)
+        with open(args.file, "rb") as file:
+            yield from (texts_of_stream if _is_stream(args) else texts_of_file)(file, args.file)
+
+
+def _is_stream(args: argparse.Namespace) -> bool:
+    return not args.texts and (args.file in (None, "-") or not stat.S_ISREG(os.stat(args.file).st_mode))
 
 
 def _choose_encoding(as_json: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from megatron_bert.checkpoint.load import check_model, load_model
 from megatron_bert.data.tokenization import MASK_SPELLING, MegatronBertTokenizer, load_tokenizer
 from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device, choose_dtype
-from megatron_bert.inference.lines import Text
+from megatron_bert.inference.lines import Text, texts_of_arguments
 from megatron_bert.model import MegatronBertForMaskedLM
 
-CHUNK_TEXTS = 1024  # read and sorted by length together
 _PROJECTED_TOGETHER = 1024  # masks; bounds the logits to this many rows of the vocabulary
 
 
@@ -69,9 +67,9 @@ class MaskedTextEncoder:
         )["input_ids"]
         return [self._checked(ids, where) for (_, where), ids in zip(texts, all_ids, strict=True)]
 
-    def check(self, texts: Iterable[Text]) -> int:
+    def check(self, chunks: Iterable[Sequence[Text]]) -> int:
         """How many texts there are. Raises ``UserError`` as ``encode`` does."""
-        return sum(len(self.encode(chunk)) for chunk in _chunks(texts, CHUNK_TEXTS))
+        return sum(len(self.encode(chunk)) for chunk in chunks)
 
     def _checked(self, ids: list[int], where: str) -> _Encoded:
         if len(ids) > self.max_tokens:
@@ -105,15 +103,15 @@ class MaskFiller:
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
         """The texts with their predictions, in order. Raises ``UserError`` as ``stream`` does."""
-        return list(self.stream(Text(text, f"text {number}") for number, text in enumerate(texts, start=1)))
+        return list(self.stream([texts_of_arguments(texts)]))
 
-    def stream(self, texts: Iterable[Text], chunk_texts: int = CHUNK_TEXTS) -> Iterator[Filled]:
-        """The texts with their predictions, in order, ``chunk_texts`` read at a time.
+    def stream(self, chunks: Iterable[Sequence[Text]]) -> Iterator[Filled]:
+        """The texts with their predictions, in order; those of a chunk are batched by length.
 
         Raises ``UserError`` for a text without a mask or too long for the model, before its chunk is predicted, and
         for scores that are not numbers.
         """
-        for chunk in _chunks(texts, chunk_texts):
+        for chunk in chunks:
             encoded = self.encoder.encode(chunk)
             answers: dict[int, list[list[Prediction]]] = {}
             for batch in self._batches(encoded):
@@ -219,9 +217,3 @@ def check_top_k(top_k: int, encoder: MaskedTextEncoder) -> None:
     """Raises ``UserError`` where the vocabulary does not have ``top_k`` tokens."""
     if not 1 <= top_k <= encoder.num_tokens:
         raise UserError(f"top-k {top_k} is not between 1 and the vocabulary's {encoder.num_tokens} tokens")
-
-
-def _chunks(texts: Iterable[Text], size: int) -> Iterator[list[Text]]:
-    source = iter(texts)
-    while chunk := list(islice(source, size)):
-        yield chunk
