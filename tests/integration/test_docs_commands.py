@@ -1,0 +1,57 @@
+"""Every ```sh block of every page under docs/ runs, in order, in a folder of its own.
+
+`$MODEL` is a tiny model with a tokenizer. A page that needs more makes it in its own blocks, or gets it from `prepare`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.tiny_model import write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+# What a page finds in its folder before its first block, by the page's name.
+PREPARE: dict[str, Callable[[Path], None]] = {}
+
+
+def run_page(page: Path, folder: Path, model: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs the page's blocks inside `folder`, with `megatron-bert` of this environment."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    runner = [sys.executable, str(ROOT / "tools" / "run_commands.py"), "--directory", str(folder), str(page)]
+    environment = {**os.environ, "PATH": path, "MODEL": str(model), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(runner, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page, tmp_path, model):
+    PREPARE.get(page.stem, lambda folder: None)(tmp_path)
+    result = run_page(page, tmp_path, model)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "== " in result.stdout  # at least one block
+
+
+def test_there_is_a_page_for_fill_mask():
+    assert "fill-mask" in [page.stem for page in PAGES]
+
+
+def test_a_command_that_fails_is_found(tmp_path, model):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```sh\nmegatron-bert fill-mask --model $MODEL 'the [MASK]'\n```\n\n```sh\nmegatron-bert fill-msk\n```\n"
+    )
+    result = run_page(page, tmp_path, model)
+    assert result.returncode == 2
+    assert "did you mean 'fill-mask'?" in result.stderr
