@@ -3,7 +3,6 @@
 B batch, S sequence, D hidden, V vocabulary, L labels.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -48,6 +47,7 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
+_RECORDED = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
 _IGNORED = -100  # a label that does not count, PyTorch's and Transformers' convention
 _LOGITS_BLOCK_TOKENS = 2048  # logits are spread to the padded shape by this many tokens, to hold them once only
 
@@ -80,14 +80,11 @@ class HeadModel(MegatronBertPreTrainedModel):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         given = {name: value for name, value in labels.items() if value is not None}
         layout = self._layout(inputs, given, **kwargs)
-        outputs = self.bert(**{"use_cache": False, **kwargs, **inputs}, layout=layout, unpad=layout is not None)
+        arguments = {"use_cache": False, **kwargs, **inputs, "layout": layout, "unpad": layout is not None}
+        outputs = self.bert(**arguments)
         predictions = self._predictions(outputs, layout, bool(given), **(predict or {}))
         loss = self._loss(predictions, given, **kwargs) if given else None
-        recorded = {
-            name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions", "cross_attentions")
-        }
-        fields = {field.name for field in dataclasses.fields(self.output_class)}  # type: ignore[arg-type]
-        recorded = {name: value for name, value in recorded.items() if name in fields}
+        recorded = {name: outputs.get(name) for name in _RECORDED if hasattr(self.output_class, name)}
         result = self.output_class(loss=loss, **predictions, **recorded)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 

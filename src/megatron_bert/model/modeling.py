@@ -134,7 +134,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
             output_hidden_states = config.output_hidden_states
         if use_cache is None:
             use_cache = config.use_cache
-        return self._recorded_forward(
+        outputs = self._recorded_forward(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -146,9 +146,13 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
             use_cache=use_cache and config.is_decoder,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            return_dict=config.return_dict if return_dict is None else return_dict,
+            return_dict=True,
             **kwargs,
         )
+        if output_attentions and not config.add_cross_attention:
+            recorded = {name: value for name, value in outputs.items() if name != "cross_attentions"}
+            outputs = BaseModelOutputWithPoolingAndCrossAttentions(**recorded)
+        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     @capture_outputs
     def _recorded_forward(
