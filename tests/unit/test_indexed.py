@@ -12,9 +12,7 @@ from megatron_bert.errors import UserError
 
 SENTENCES = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
 DOCUMENTS = [2, 2]  # sentences of each
-PROVENANCE = Provenance(
-    fingerprint="f", vocabulary_size=20, tokenizer="t", documents=2, sentences=4, tokens=10
-)
+PROVENANCE = Provenance(fingerprint="f", vocabulary_size=20, tokenizer="t", documents=2, sentences=4, tokens=10)
 
 
 def write(prefix: Path, dtype: str = "uint16") -> None:

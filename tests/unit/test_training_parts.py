@@ -141,7 +141,9 @@ def test_decay_spares_biases_and_layer_norms() -> None:
     assert (decaying["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameter in spared["params"]:
-        assert names[id(parameter)].endswith("bias") or "ln" in names[id(parameter)] or "LayerNorm" in names[id(parameter)]
+        assert (
+            names[id(parameter)].endswith("bias") or "ln" in names[id(parameter)] or "LayerNorm" in names[id(parameter)]
+        )
     for parameter in decaying["params"]:
         assert not names[id(parameter)].endswith("bias")
         assert "ln" not in names[id(parameter)].split(".")

@@ -23,8 +23,11 @@ def run(args: argparse.Namespace) -> int:
 
     configuration = load_configuration(args.recipe, args.set)
 
+    from transformers.utils import logging as transformers_logging
+
     from megatron_bert.training.pretrain import pretrain
 
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar, and it is ours
     outcome = pretrain(configuration, overwrite=args.overwrite, progress=not args.json)
     if args.json:
         record = {"model": str(outcome.model), "metrics": str(outcome.metrics), "validation": outcome.validation}

@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         min_frequency=args.min_frequency,
         alphabet_limit=args.alphabet_limit,
     )
-    tokenizer = train_vocabulary(expand_inputs(args.input), options, args.json_key)
+    tokenizer = train_vocabulary(expand_inputs(args.input), options, args.json_key, progress=not args.json)
     write_tokenizer(tokenizer, options, args.output, overwrite=args.overwrite)
     return {
         "output": str(args.output),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def written_aside(target: Path, *, folder: bool = False) -> Iterator[Path]:
         else:
             sync(aside)
         os.replace(aside, target)
+    except Exception as error:
+        # Libraries written in Rust (safetensors, tokenizers) raise an exception of their own that ends so.
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(target)) from error
     finally:
         _remove(aside)
 

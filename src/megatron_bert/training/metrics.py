@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,7 +46,7 @@ class MetricsSink:
         """Numbers over the held-out documents after `step` steps."""
         self._write({"kind": "validation", "step": step, **record})
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
-        self._bar.write(f"step {step}: validation {values}")
+        tqdm.write(f"step {step}: validation {values}", file=sys.stderr)
 
     def _write(self, record: dict[str, object]) -> None:
         self._stream.write(json.dumps(record) + "\n")

@@ -1,0 +1,100 @@
+"""Recipes: what parses, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_bert.errors import UserError
+from megatron_bert.training.configuration import PretrainConfiguration, load_configuration
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+GOOD = {
+    "output": "out",
+    "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1},
+    "data": {"tokens": "text", "tokenizer": "tok"},
+    "optimizer": {"learning_rate": 1e-3},
+    "training": {"steps": 10, "batch_samples": 4},
+}
+
+
+def load(tmp_path: Path, *overrides: str) -> PretrainConfiguration:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(GOOD))
+    return load_configuration(recipe, overrides)
+
+
+def test_there_are_recipes() -> None:
+    assert "demo_cpu" in [recipe.stem for recipe in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_every_recipe_parses(recipe: Path) -> None:
+    load_configuration(recipe)
+
+
+def test_overrides_are_put_in_and_validated(tmp_path: Path) -> None:
+    overrides = ["training.steps=20", "runtime.num_workers=2", "optimizer.learning_rate=1e-4", "output=else/where"]
+    configuration = load(tmp_path, *overrides, "data.validation=null")
+    assert configuration.training.steps == 20
+    assert configuration.runtime.num_workers == 2
+    assert configuration.optimizer.learning_rate == 1e-4
+    assert configuration.output == Path("else/where")
+
+
+def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
+    configuration = load(tmp_path, "data.validation=other")
+    (tmp_path / "resolved.yaml").write_text(configuration.as_yaml())
+    assert load_configuration(tmp_path / "resolved.yaml") == configuration
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "optimizer.learning_rat=1",
+            r"unknown key optimizer\.learning_rat \(did you mean optimizer\.learning_rate\?\)",
+        ),
+        ("trainig.steps=1", r"unknown key trainig \(did you mean training\?\)"),
+        ("model.learning_rate=1", r"unknown key model\.learning_rate \(did you mean optimizer\.learning_rate\?\)"),
+        ("runtime.xyzzy=1", r"unknown key runtime\.xyzzy \(known here: device, "),
+        ("training.steps=0", r"training\.steps: Input should be greater than 0, not 0"),
+        ("training.steps=many", r"training\.steps: Input should be a valid integer.*not 'many'"),
+        ("training.warmup_steps=10", r"training: warmup_steps 10 must be less than steps 10"),
+        ("training.precision=float8", r"training\.precision: Input should be 'float32' or 'bfloat16', not 'float8'"),
+        ("model.num_attention_heads=3", r"model\.hidden_size 64 is not a multiple of model\.num_attention_heads 3"),
+        ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
+        ("data.tokens=null", r"data\.tokens: Input is not a valid path"),
+        ("model=5", r"model: Input should be a valid dictionary"),
+        ("output.folder=5", r"--set output\.folder=5: output is not a section"),
+        ("training.steps", r"--set training\.steps: write section\.key=value"),
+        ("=5", "write section.key=value"),
+        ("training.steps=[1", "the value is not YAML"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {hidden_size: 64", "is not YAML"),
+        ("- a list", "is not a recipe"),
+        ("", "is not a recipe"),
+        ("output: x", "model is missing; data is missing; optimizer is missing; training is missing"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_configuration(tmp_path / "recipe.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"output: \xff\xfe")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_configuration(tmp_path / "recipe.yaml")
