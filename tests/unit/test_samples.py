@@ -1,4 +1,4 @@
-"""Samples: every sentence used once, pairs as sentence-order prediction defines them, and nothing but the key decides."""
+"""Samples: each sentence once, pairs as sentence-order prediction defines them, and nothing but the key decides."""
 
 from collections.abc import Callable
 from itertools import islice

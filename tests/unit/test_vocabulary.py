@@ -63,7 +63,7 @@ def test_fingerprint_tells_tokenizers_apart(corpus: Path) -> None:
     prints = set()
     for options in (
         VocabularyOptions(size=150),
-        VocabularyOptions(size=120),
+        VocabularyOptions(size=80),
         VocabularyOptions(size=150, cased=True),
         VocabularyOptions(size=150, split_chinese=False),
     ):
