@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from megatron_bert.cli import fill_mask
 from megatron_bert.cli.main import main
 from megatron_bert.errors import UserError
 from megatron_bert.inference import device as devices
@@ -180,6 +181,15 @@ class TestInputAndOutput:
         printed = output(capsys, "--model", folder, "--json", "植物[MASK]")
         assert printed.startswith('{"text": "植物[MASK]", "predictions": [[{"token_str": ')
         assert list(parsed(printed)[0]["predictions"][0][0]) == ["token_str", "token", "score", "sequence"]
+
+    def test_a_progress_bar_on_a_terminal(self, capsys, folder, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setattr(fill_mask, "_bar_options", lambda: {"mininterval": 0})
+        assert main(["fill-mask", "--model", str(folder), "--json", *TEXTS]) == 0
+        captured = capsys.readouterr()
+        assert f"{len(TEXTS)}/{len(TEXTS)} [" in captured.err
+        assert "predicting: 100%" in captured.err
+        assert len(parsed(captured.out)) == len(TEXTS)
 
     def test_no_progress_bar_without_a_terminal(self, capsys, folder):
         assert main(["fill-mask", "--model", str(folder), "the [MASK]"]) == 0

@@ -4,9 +4,9 @@ import errno
 import io
 import logging
 import os
+import resource
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -45,10 +45,13 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 
 def test_help_answers_in_under_three_tenths_of_a_second():
+    """Of processor time, so that a busy machine does not matter; the least of five."""
+
     def seconds():
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([*COMMAND, "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(5)) < 0.3
 

@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_bert.errors import UserError
 
@@ -80,12 +80,12 @@ def _fill(args: argparse.Namespace) -> int:
     )
     _choose_encoding(args.json)
     show = _as_json if args.json else _as_table
+    write = tqdm.write if sys.stdout.isatty() else print  # above the bar, where both are on the terminal
     try:
-        with tqdm(total=total, unit=" texts", delay=2, disable=not sys.stderr.isatty()) as progress:
-            for result in filler.stream(_texts(args)):
-                tqdm.write(show(result), file=sys.stdout)
+        with tqdm(desc="predicting", total=total, unit=" texts", **_bar_options()) as bar:
+            for result in filler.stream(_texts(args), bar.update):
+                write(show(result))
                 sys.stdout.flush()  # whoever sends text line by line gets its answer before the next line
-                progress.update()
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
     return 0
@@ -93,7 +93,16 @@ def _fill(args: argparse.Namespace) -> int:
 
 def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | None:
     """How many texts there are, all of them checked; None for a stream, whose texts are checked as they come."""
-    return None if _is_stream(args) else encoder.check(_texts(args))
+    from tqdm import tqdm
+
+    if _is_stream(args):
+        return None
+    return encoder.check(tqdm(_texts(args), desc="checking", unit=" chunks", **_bar_options()))
+
+
+def _bar_options() -> dict[str, Any]:
+    """A progress bar on a terminal, for what takes more than two seconds; it is gone when it is done."""
+    return {"disable": not sys.stderr.isatty(), "delay": 2, "leave": False}
 
 
 def _texts(args: argparse.Namespace) -> Iterator[list[Text]]:

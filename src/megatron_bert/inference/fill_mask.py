@@ -6,7 +6,7 @@ M masks, D hidden, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class MaskedTextEncoder:
             raise UserError("the tokenizer has no mask token")
         self.tokenizer, self.max_tokens, self.truncate = tokenizer, max_tokens, truncate
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1  # rows of embeddings that its numbers need
+        self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id  # slow to ask for each time
 
     def encode(self, texts: Sequence[Text]) -> list[_Encoded]:
         """The texts in numbers. Raises ``UserError`` for one without a mask or with too many tokens, by its name."""
@@ -74,7 +75,7 @@ class MaskedTextEncoder:
     def _checked(self, ids: list[int], where: str) -> _Encoded:
         if len(ids) > self.max_tokens:
             raise UserError(f"{where}: {len(ids)} tokens, and the model takes {self.max_tokens}; --truncate cuts it")
-        positions = [position for position, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+        positions = [position for position, token in enumerate(ids) if token == self.mask_id]
         if not positions:
             within = f" within its first {self.max_tokens} tokens" if self.truncate else ""
             raise UserError(f"{where}: no mask{within}; write {self.tokenizer.mask_token} or {MASK_SPELLING} in it")
@@ -100,13 +101,18 @@ class MaskFiller:
         check_top_k(top_k, encoder)
         self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
         self.top_k, self.batch_tokens = top_k, batch_tokens
+        self._token_strs: dict[int, str] = {}
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
         """The texts with their predictions, in order. Raises ``UserError`` as ``stream`` does."""
         return list(self.stream([texts_of_arguments(texts)]))
 
-    def stream(self, chunks: Iterable[Sequence[Text]]) -> Iterator[Filled]:
+    def stream(
+        self, chunks: Iterable[Sequence[Text]], predicted: Callable[[int], object] = lambda num_texts: None
+    ) -> Iterator[Filled]:
         """The texts with their predictions, in order; those of a chunk are batched by length.
+
+        ``predicted`` is called after each batch with the number of texts in it.
 
         Raises ``UserError`` for a text without a mask or too long for the model, before its chunk is predicted, and
         for scores that are not numbers.
@@ -116,6 +122,7 @@ class MaskFiller:
             answers: dict[int, list[list[Prediction]]] = {}
             for batch in self._batches(encoded):
                 answers |= zip(batch, self._predict([encoded[index] for index in batch]), strict=True)
+                predicted(len(batch))
             for index, text in enumerate(chunk):
                 yield Filled(text.text, answers[index])
 
@@ -149,7 +156,7 @@ class MaskFiller:
     def _states_at_masks(self, batch: Sequence[_Encoded]) -> Tensor:
         """(M, D): the last hidden state at each mask, text by text."""
         longest = max(len(text.ids) for text in batch)
-        input_ids = torch.full((len(batch), longest), self.tokenizer.pad_token_id or 0)
+        input_ids = torch.full((len(batch), longest), self.encoder.pad_id or 0)
         attention_mask = torch.zeros_like(input_ids)
         for row, text in enumerate(batch):
             input_ids[row, : len(text.ids)] = torch.tensor(text.ids)
@@ -169,10 +176,12 @@ class MaskFiller:
         only_mask = len(text.mask_positions) == 1
         predictions = []
         for score, token in zip(scores, tokens, strict=True):
+            if token not in self._token_strs:
+                self._token_strs[token] = str(self.tokenizer.decode([token]))
             filled = [*text.ids[:position], token, *text.ids[position + 1 :]]
-            filled = [number for number in filled if number != self.tokenizer.pad_token_id]
+            filled = [number for number in filled if number != self.encoder.pad_id]
             sequence = str(self.tokenizer.decode(filled, skip_special_tokens=only_mask))
-            predictions.append(Prediction(str(self.tokenizer.decode([token])), token, score, sequence))
+            predictions.append(Prediction(self._token_strs[token], token, score, sequence))
         return predictions
 
 
