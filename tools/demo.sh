@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# From raw text to a filled mask in demo/: `make demo`, or `PYTHON=... bash tools/demo.sh`.
+# The text is the language reference that every CPython ships. Under three minutes on 2 cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${PYTHON:=python3}"
+export HF_HUB_OFFLINE=1 # nothing is fetched
+
+run() {
+  echo "\$ megatron-bert $*"
+  "$PYTHON" -m megatron_bert "$@"
+}
+
+rm -rf demo
+mkdir demo
+"$PYTHON" tools/demo_text.py demo/topics.txt
+echo "demo/topics.txt: $(wc -c < demo/topics.txt) bytes of English"
+
+run tokenizer train --input demo/topics.txt --output demo/tokenizer --vocab-size 2048
+run preprocess --input demo/topics.txt --tokenizer demo/tokenizer --output demo/text
+run pretrain recipes/demo_cpu.yaml
+"$PYTHON" tools/demo_report.py demo/text demo/run
+run fill-mask --model demo/run/model --top-k 3 \
+  "The class [MASK] is executed in a new namespace." \
+  "If the [MASK] is false, the else clause is executed." \
+  "This method returns a new [MASK]." \
+  "The [MASK] statement may only occur in a loop."
