@@ -36,7 +36,7 @@ ACCEPTED: dict[str, str] = {
     r"test requires Flash Attention( [34])?": "kernel library not installed",
     r"test requires the kernels library": "kernel library not installed",
     r"test requires deepspeed": "not installed; sharding here is torch's own",
-    r"test requires (bitsandbytes|torchao).*": "not installed",
+    r"[Tt]est requires (bitsandbytes|torchao).*": "not installed",
     # Other kinds of input: the pipeline mixin has a test for every task there is.
     r"test requires (vision|Timm|PyTesseract|PyAv|av)": "a pipeline over images or video",
     rf".*`({_OTHER_TASKS})` is not in `self.pipeline_model_mapping`.*": "a pipeline over something else than text",
@@ -47,7 +47,7 @@ ACCEPTED: dict[str, str] = {
     r"This model does not have partial rope supported": "positions are learned embeddings",
     r"Model does not have position embeddings": "resize_position_embeddings: Transformers' class has none either",
     r"Model does not support sliding window mask": "attention is full",
-    r"This model has no sparse experts\.": "no experts",
+    r"This model has no sparse experts\.|Not an MoE model": "no experts",
     r"This model has no `output_router_logits` in its config\.": "no experts",
     r"MegatronBert\w+ does not support grouped_mm": "no experts",
     r".*(not a composite model|This model is not composite).*": "one model, one configuration",

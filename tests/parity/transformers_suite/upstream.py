@@ -1,19 +1,12 @@
-"""Makes Transformers' test files importable, as the package `transformers_tests`.
-
-The mixins import a few files that the source distribution lacks; our stand-ins take their names. The pipeline mixin
-reads a table of tiny models from a folder, on import: `tiny_models` writes it.
-"""
+"""Transformers' mixins, imported. `tiny_models` writes the table that the pipeline mixin reads on import."""
 
 import importlib
 import os
-import sys
 from types import ModuleType
 
 from . import tiny_models
-from .fetch import suite_root
+from .package import PACKAGE, install
 from .stand_ins import configuration, distributed, export, generation, pipelines
-
-PACKAGE = "transformers_tests"
 
 STAND_INS = {
     "distributed_testing_utils": distributed,
@@ -21,23 +14,6 @@ STAND_INS = {
     "generation.test_utils": generation,
     "utils.test_configuration_utils": configuration,
 }
-
-
-def _package(name: str, path: list[str]) -> ModuleType:
-    module = ModuleType(name)
-    module.__path__ = path
-    sys.modules[name] = module
-    return module
-
-
-def _install() -> None:
-    _package(PACKAGE, [str(suite_root() / "tests")])
-    for name, module in STAND_INS.items():
-        full_name = f"{PACKAGE}.{name}"
-        parent = full_name.rpartition(".")[0]
-        if parent not in sys.modules:
-            _package(parent, [])
-        sys.modules[full_name] = module
 
 
 def _import_pipeline_mixin() -> ModuleType:
@@ -56,7 +32,7 @@ def _import_pipeline_mixin() -> ModuleType:
     return module
 
 
-_install()
+install(STAND_INS)
 _modeling = importlib.import_module(f"{PACKAGE}.test_modeling_common")
 _configuration = importlib.import_module(f"{PACKAGE}.test_configuration_common")
 _pipeline = _import_pipeline_mixin()
@@ -66,3 +42,11 @@ ConfigTester = _configuration.ConfigTester
 PipelineTesterMixin = _pipeline.PipelineTesterMixin
 GenerationTesterMixin = generation.GenerationTesterMixin
 EAGER_AND_SDPA_CASES = _modeling.TEST_EAGER_MATCHES_SDPA_INFERENCE_PARAMETERIZATION
+
+# Two more mixins of Transformers' own: a tiny model learns one batch by heart; its tensor-parallel plan really runs.
+_training = importlib.import_module(f"{PACKAGE}.test_training_mixin")
+_tensor_parallel = importlib.import_module(f"{PACKAGE}.test_tensor_parallel_mixin")
+_tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # its list of model types that are worth the time: ours too
+
+TrainingTesterMixin = _training.TrainingTesterMixin
+TensorParallelTesterMixin = _tensor_parallel.TensorParallelTesterMixin
