@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 
 _RECORDED = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
 _IGNORED = -100  # a label that does not count, PyTorch's and Transformers' convention
-_LOGITS_BLOCK_TOKENS = 2048  # logits are spread to the padded shape by this many tokens, to hold them once only
+_LOGITS_BLOCK_TOKENS = 512  # logits are spread to the padded shape by this many tokens, to hold them once only
 
 
 class HeadModel(MegatronBertPreTrainedModel):
@@ -82,8 +82,9 @@ class HeadModel(MegatronBertPreTrainedModel):
         layout = self._layout(inputs, given, **kwargs)
         arguments = {"use_cache": False, **kwargs, **inputs, "layout": layout, "unpad": layout is not None}
         outputs = self.bert(**arguments)
-        predictions = self._predictions(outputs, layout, bool(given), **(predict or {}))
-        loss = self._loss(predictions, given, **kwargs) if given else None
+        labels_given = len(given) > 0
+        predictions = self._predictions(outputs, layout, labels_given, **(predict or {}))
+        loss = self._loss(predictions, given, **kwargs) if labels_given else None
         recorded = {name: outputs.get(name) for name in _RECORDED if hasattr(self.output_class, name)}
         result = self.output_class(loss=loss, **predictions, **recorded)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()

@@ -1,7 +1,7 @@
 """The linear layer: `torch.nn.Linear`, with two fast paths for 16-bit weights on a CPU.
 
 - With AMX or AVX512-BF16, oneDNN multiplies by weights in its own blocked order a third faster than by weights in rows.
-  Reordering them costs as much as a few hundred rows of the product, so it is done for larger inputs, at each call:
+  Reordering them costs as much as several hundred rows of the product, so it is done for larger inputs, at each call:
   nothing is kept, and memory stays what it was.
 - Without, oneDNN emulates a bf16 product at a quarter of the speed of an fp32 one. Both accumulate in fp32 and round
   once at the end, so the product is taken in fp32 instead, with one block of the weights widened at a time.
@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 __all__ = ["Linear", "cpu_multiplies"]
 
-_BLOCK_ELEMENTS = 1 << 22  # weights widened to fp32 at a time: 16 MiB
-_REORDER_FROM_TOKENS = 768  # measured on two AMX cores: from here on the reordering pays
+_BLOCK_ELEMENTS = 1 << 20  # weights widened to fp32 at a time: 4 MiB
+_REORDER_FROM_TOKENS = 1536  # on two AMX cores, 1,024 tokens lose by it and 2,048 gain a quarter
+_REORDER_TO_ELEMENTS = 1 << 24  # 32 MiB of weights; a vocabulary's would be the peak of memory for little gain
 
 
 @cache
@@ -39,14 +40,14 @@ class Linear(nn.Linear):
         if input.device.type == "cpu" and input.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             if not cpu_multiplies(input.dtype):
                 return _widened_linear(input, self.weight, self.bias)
-            if _pays_to_reorder(input):
+            if _pays_to_reorder(input, self.weight):
                 return _reordered_linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
 
-def _pays_to_reorder(input: Tensor) -> bool:
-    num_tokens = input.numel() // input.shape[-1]
-    return input.dtype == torch.bfloat16 and num_tokens >= _REORDER_FROM_TOKENS and not torch.is_grad_enabled()
+def _pays_to_reorder(input: Tensor, weight: Tensor) -> bool:
+    fits = input.numel() >= _REORDER_FROM_TOKENS * input.shape[-1] and weight.numel() <= _REORDER_TO_ELEMENTS
+    return fits and input.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def _reordered_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

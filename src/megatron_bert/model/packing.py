@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
@@ -81,10 +83,18 @@ class PackedLayout:
         for start in range(0, num_tokens, block_tokens):
             block = function(packed_1TD[:, start : start + block_tokens])[0]
             if flat is None:
-                flat = block.new_zeros(self.batch_shape[0] * self.batch_shape[1], *block.shape[1:])
+                flat = _untouched_zeros(block, (self.batch_shape[0] * self.batch_shape[1], *block.shape[1:]))
             flat.index_copy_(0, self.indices_T[start : start + block_tokens], block)
         assert flat is not None
         return flat.view(*self.batch_shape, *flat.shape[1:])
+
+
+def _untouched_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of the type and device of `like`; on a CPU, pages that nothing is written to take no memory and no time."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    num_bytes = prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def layout_of_padding(attention_mask: Tensor | None) -> PackedLayout | None:
