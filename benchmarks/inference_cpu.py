@@ -177,7 +177,8 @@ def describe_machine() -> str:
     model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     flags = Path("/proc/cpuinfo").read_text()
     special = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{model.split(':')[1].strip()} ({', '.join(special) or 'no 16-bit matrix instructions'}), torch {torch.__version__}, transformers {transformers.__version__}"
+    processor = f"{model.split(':')[1].strip()} ({', '.join(special) or 'no 16-bit matrix instructions'})"
+    return f"{processor}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def main() -> None:

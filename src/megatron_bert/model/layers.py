@@ -91,9 +91,9 @@ class MegatronBertSelfAttention(nn.Module):
         else:
             key, value = self._split_heads(self.key(hidden_states)), self._split_heads(self.value(hidden_states))
             if past_key_values is not None:
-                whole = isinstance(past_key_values, EncoderDecoderCache)
-                own_cache = past_key_values.self_attention_cache if whole else past_key_values
-                key, value = own_cache.update(key, value, self.layer_idx)
+                if isinstance(past_key_values, EncoderDecoderCache):
+                    past_key_values = past_key_values.self_attention_cache
+                key, value = past_key_values.update(key, value, self.layer_idx)
         dropout = self.dropout.p if self.training else 0.0
         implementation = "eager" if output_attentions else self.config._attn_implementation
         probabilities = None
