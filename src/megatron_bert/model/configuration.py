@@ -27,6 +27,8 @@ _CROSS_ATTENTION_TP_PLAN = {
 class MegatronBertConfig(PreTrainedConfig):
     """Shape and behaviour of a MegatronBERT; the defaults are the paper's 336M model (arXiv 1909.08053, section 5.3).
 
+    They are also those of [nvidia/megatron-bert-uncased-345m](https://huggingface.co/nvidia/megatron-bert-uncased-345m).
+
     Files written by this class and by Transformers' class of the same name are interchangeable.
 
     Raises:

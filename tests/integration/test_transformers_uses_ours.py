@@ -1,0 +1,183 @@
+"""Transformers' own entry points with this package's classes, and the published samples with the import changed."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import transformers
+
+from megatron_bert import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
+    MegatronBertForPreTraining,
+    MegatronBertForSequenceClassification,
+    MegatronBertTokenizer,
+    pipeline,
+    register,
+)
+
+PUBLISHED_NAME = "IDEA-CCNL/Erlangshen-MegatronBert-1.3B"
+CHINESE = "植物通过光合作用产生能量的"
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(CHINESE)), "a", "##b", "c"]
+FIRST_SAMPLE = """
+import torch
+from megatron_bert import pipeline
+pipeline = pipeline(task="fill-mask", model="IDEA-CCNL/Erlangshen-MegatronBert-1.3B", dtype="auto")
+predictions = pipeline("植物通过<mask>合作用产生能量")
+"""
+SECOND_SAMPLE = """
+import torch
+from megatron_bert import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained("IDEA-CCNL/Erlangshen-MegatronBert-1.3B", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("IDEA-CCNL/Erlangshen-MegatronBert-1.3B")
+inputs = tokenizer("植物通过<mask>合作用产生能量", return_tensors="pt")
+outputs = model(**inputs)
+mask_token_id = tokenizer.mask_token_id
+mask_position = (inputs.input_ids == tokenizer.mask_token_id).nonzero(as_tuple=True)[1]
+predicted_word = tokenizer.decode(outputs.logits[0, mask_position].argmax(dim=-1))
+print(f"Predicted word: {predicted_word}")
+"""
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def tiny_config(**overrides):
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128}
+    return MegatronBertConfig(**{"vocab_size": 64, "max_position_embeddings": 32, **shape, **overrides})
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder of the published name in the working directory: fp16, padded vocabulary, BERT's tokenizer files."""
+    folder = tmp_path / PUBLISHED_NAME
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    torch.manual_seed(0)
+    model = MegatronBertForPreTraining(tiny_config())
+    with torch.no_grad():  # the padding rows would win every prediction
+        model.cls.predictions.bias[len(TOKENS) :] = 100.0
+        model.cls.predictions.bias[TOKENS.index("光")] = 50.0
+    model.half().save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_first_published_sample(published):
+    names = {}
+    exec(FIRST_SAMPLE, names)
+    assert type(names["pipeline"].model) is MegatronBertForMaskedLM
+    assert names["pipeline"].model.dtype == torch.float16
+    assert names["predictions"][0]["token_str"] == "光"
+    assert all(prediction["token"] < len(TOKENS) for prediction in names["pipeline"]("通过[MASK]合", top_k=len(TOKENS)))
+
+
+def test_second_published_sample(published, capsys):
+    names = {}
+    exec(SECOND_SAMPLE, names)
+    assert type(names["model"]) is MegatronBertForMaskedLM
+    assert type(names["tokenizer"]) is MegatronBertTokenizer
+    assert names["mask_position"].tolist() == [5]
+    assert capsys.readouterr().out == "Predicted word: 光\n"
+
+
+def test_transformers_pipeline_uses_ours(published):
+    register()
+    filler = transformers.pipeline("fill-mask", model=str(published))
+    assert type(filler.model) is MegatronBertForMaskedLM
+    assert filler("通过[MASK]合")[0]["token_str"] == "光"
+
+
+def test_transformers_configuration_leads_to_ours():
+    register()
+    model = transformers.AutoModelForMaskedLM.from_config(transformers.MegatronBertConfig(**SMALL_SHAPE))
+    assert type(model) is MegatronBertForMaskedLM
+
+
+SMALL_SHAPE = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def test_padding_rows_may_win_again_once_they_are_tokens(published):
+    model = AutoModelForMaskedLM.from_pretrained(published)
+    ids = torch.tensor([[2, 4, 3]])
+    assert model(ids).logits[..., len(TOKENS) :].max() < -60000
+    model.resize_token_embeddings(64)
+    assert model(ids).logits[0, 1].argmax() >= len(TOKENS)
+
+
+def test_labels_of_padding_rows_have_a_finite_loss(published):
+    """A row beyond the tokenizer may have become a token of the user's since."""
+    model = AutoModelForMaskedLM.from_pretrained(published)
+    assert torch.isfinite(model(torch.tensor([[2, 4, 3]]), labels=torch.tensor([[-100, 63, -100]])).loss)
+
+
+def test_trainer_trains_ours(tmp_path):
+    torch.manual_seed(0)
+    texts = torch.randint(5, 64, (64, 8))
+    rows = [{"input_ids": ids, "attention_mask": torch.ones(8), "labels": int(ids[1] > 34)} for ids in texts]
+    model = MegatronBertForSequenceClassification(tiny_config(num_labels=2))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        num_train_epochs=15,
+        learning_rate=1e-3,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    before = trainer.evaluate(rows)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] < before / 2
+
+
+def test_lora_adapters_of_one_fit_the_other(tmp_path):
+    """An adapter trained on Transformers' class gives the same outputs on ours."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    theirs = transformers.MegatronBertForMaskedLM(transformers.MegatronBertConfig(**SMALL_SHAPE)).eval()
+    ours = MegatronBertForMaskedLM(MegatronBertConfig(**SMALL_SHAPE)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    lora = peft.LoraConfig(target_modules=["query", "value", "dense"], init_lora_weights=False)
+    adapted = peft.get_peft_model(theirs, lora)
+    adapted.save_pretrained(tmp_path)
+    ours_adapted = peft.PeftModel.from_pretrained(ours, tmp_path).eval()
+    ids = torch.randint(5, 64, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        expected, found = adapted.eval()(ids, attention_mask=mask).logits, ours_adapted(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_bare_import_is_light_and_has_no_effect():
+    program = """
+        import sys, time
+        start = time.process_time()
+        import megatron_bert
+        assert time.process_time() - start < 0.1, time.process_time() - start
+        assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
+        import transformers
+        assert transformers.AutoConfig.for_model("megatron-bert").__module__.startswith("transformers.")
+        megatron_bert.MegatronBertConfig
+        assert transformers.AutoConfig.for_model("megatron-bert").__module__.startswith("megatron_bert.")
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, env=environment)
+
+
+def test_other_models_are_left_alone(tmp_path):
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+    config = transformers.BertConfig(**SMALL_SHAPE)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    transformers.BertTokenizer(str(vocabulary)).save_pretrained(tmp_path)
+    filler = pipeline("fill-mask", model=str(tmp_path))
+    assert type(filler.model) is transformers.BertForMaskedLM
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is transformers.BertTokenizer
