@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.testing_utils import torch_device
 
-from megatron_bert.model import (
+from megatron_bert import (  # registers them with the Auto classes
     MegatronBertConfig,
     MegatronBertForCausalLM,
     MegatronBertForMaskedLM,

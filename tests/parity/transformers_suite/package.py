@@ -11,7 +11,8 @@ PACKAGE = "transformers_tests"
 
 def install(stand_ins: Mapping[str, ModuleType]) -> None:
     """Makes `transformers_tests` importable; each of `stand_ins` answers to its dotted name below it."""
-    _package(PACKAGE, [str(suite_root() / "tests")])
+    if PACKAGE not in sys.modules:
+        _package(PACKAGE, [str(suite_root() / "tests")])
     for name, module in stand_ins.items():
         full_name = f"{PACKAGE}.{name}"
         parent = full_name.rpartition(".")[0]

@@ -4,10 +4,21 @@ import unittest
 from typing import Any
 
 from .model_tester import ALL_CLASSES, DecoderTester, MegatronBertConfig
-from .upstream import TensorParallelTesterMixin, TrainingTesterMixin
+from .upstream import TENSOR_PARALLEL_IN_OUR_PROCESSES, TensorParallelTesterMixin, TrainingTesterMixin
 
 
-class TrainingAndTensorParallelTest(TrainingTesterMixin, TensorParallelTesterMixin, unittest.TestCase):
+class TrainingTest(TrainingTesterMixin, unittest.TestCase):
+    """A tiny model learns one batch by heart."""
+
+    all_model_classes = ALL_CLASSES
+    model_tester = None
+
+    def setUp(self) -> None:
+        self.model_tester = DecoderTester(self)
+
+
+@unittest.skipUnless(TENSOR_PARALLEL_IN_OUR_PROCESSES, "starts its processes itself")
+class TensorParallelTest(TensorParallelTesterMixin, unittest.TestCase):
     """Tensor parallel: 2 processes, forward, backward and generation equal to one process within 1e-5."""
 
     all_model_classes = ALL_CLASSES

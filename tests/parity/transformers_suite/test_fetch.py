@@ -31,7 +31,7 @@ def test_only_the_test_files_are_unpacked(tmp_path: Path) -> None:
 
 
 def test_an_archive_without_the_mixins_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(fetch.SuiteUnavailable, match="transformers 9 has no tests/test_pipeline_mixin.py"):
+    with pytest.raises(fetch.SuiteUnavailable, match=r"transformers 9 has no tests/test_pipeline_mixin\.py"):
         fetch.unpack(archive_with(tmp_path / "a.tar.gz", *NEEDED[:2]), "9", tmp_path / "suite")
 
 
@@ -54,7 +54,7 @@ def test_an_archive_with_another_content_is_refused(tmp_path: Path, monkeypatch:
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(fetch.subprocess, "run", pip_finds_another)
-    with pytest.raises(fetch.SuiteUnavailable, match="has sha256 .* expected 19d647a4"):
+    with pytest.raises(fetch.SuiteUnavailable, match=r"has sha256 .* expected 19d647a4"):
         fetch.suite_root("5.23.0", cache=tmp_path)
 
 
