@@ -30,7 +30,7 @@ demo: $(STAMP)
 
 # One thread a worker: two workers on two cores, and the same numbers whatever the machine.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -48,10 +48,11 @@ def test_an_exception_that_nothing_needs_fails(tmp_path: Path) -> None:
     assert len(sizes.problems(sizes.measure(tmp_path), {"src/short.py": "was long once"})) == 1
 
 
-def run_page(tmp_path: Path, text: str) -> "subprocess.CompletedProcess[str]":
+def run_page(tmp_path: Path, text: str, *options: str) -> "subprocess.CompletedProcess[str]":
     page = tmp_path / "PAGE.md"
     page.write_text(text, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "tools" / "run_commands.py"), "--directory", str(tmp_path), str(page)]
+    command = [sys.executable, str(ROOT / "tools" / "run_commands.py"), "--directory", str(tmp_path), *options]
+    command.append(str(page))
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -72,3 +73,10 @@ def test_a_block_marked_not_run_is_left_out_and_said(tmp_path: Path) -> None:
     done = run_page(tmp_path, "<!-- not run: needs eight GPUs -->\n```sh\nfalse\n```\n")
     assert done.returncode == 0
     assert "not run: needs eight GPUs" in done.stdout
+
+
+def test_a_command_that_was_run_already_is_not_run_again(tmp_path: Path) -> None:
+    page = "```sh\nmake demo   # takes a while\n```\n```sh\necho ran > f\n```\n"
+    assert run_page(tmp_path, page).returncode != 0
+    assert run_page(tmp_path, page, "--done", "make demo").returncode == 0
+    assert (tmp_path / "f").read_text() == "ran\n"
