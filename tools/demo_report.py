@@ -30,7 +30,7 @@ def main() -> int:
     for step, loss in curve:
         print(f"  step {step:>5}   masked-LM loss {loss:.3f}   {'#' * round(10 * loss)}")
     print(f"  unigram entropy of the text, -sum p ln p: {entropy:.3f} nats a token")
-    print(f"  final masked-LM loss on held-out documents: {final:.3f} nats a masked token ({entropy - final:+.3f} below)")
+    print(f"  final masked-LM loss on held-out documents: {final:.3f}, which is {entropy - final:.3f} less")
     if final >= entropy:
         print("FAILED: the model has learnt no more than word frequencies", file=sys.stderr)
         return 1
