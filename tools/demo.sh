@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 # nothing is fetched
 # Threads that wait for each other give their core away soon: where other programs use the cores too, OpenMP's default
 # (a wait of milliseconds) makes small multiplications ten times slower.
-export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-50000}"
+export OMP_NUM_THREADS=1 # so small a model gains little from a second thread, and waits for it where cores are shared
 
 run() {
   echo "\$ megatron-bert $*"
