@@ -5,9 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${PYTHON:=python3}"
 export HF_HUB_OFFLINE=1 # nothing is fetched
-# Threads that wait for each other give their core away soon: where other programs use the cores too, OpenMP's default
-# (a wait of milliseconds) makes small multiplications ten times slower.
-export OMP_NUM_THREADS=1 # so small a model gains little from a second thread, and waits for it where cores are shared
+# So small a model gains a fifth from a second thread, and loses far more waiting for it where other programs use the cores.
+export OMP_NUM_THREADS=1
 
 run() {
   echo "\$ megatron-bert $*"
