@@ -131,7 +131,7 @@ class _LanguageModel(HeadModel):
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
-    _tp_plan: ClassVar = {"cls.predictions.decoder": "colwise_gather_output"}
+    _tp_plan: ClassVar = {"cls.predictions.decoder": "colwise_gather_output", "cls.predictions.bias": "colwise"}
 
     def get_output_embeddings(self) -> nn.Module:
         """The projection onto the vocabulary."""

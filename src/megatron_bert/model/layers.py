@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import apply_chunking_to_forward
 
 from megatron_bert.model.attention import attention_function, packed_attention
 from megatron_bert.model.configuration import MegatronBertConfig
@@ -190,7 +189,6 @@ class MegatronBertLayer(GradientCheckpointingLayer):
     def __init__(self, config: MegatronBertConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
-        self.seq_len_dim = 1
         self.attention = MegatronBertAttention(config, layer_idx)
         self.is_decoder = config.is_decoder
         self.add_cross_attention = config.add_cross_attention
@@ -220,9 +218,10 @@ class MegatronBertLayer(GradientCheckpointingLayer):
             hidden_states = self.crossattention(
                 hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values, **kwargs
             )
-        return apply_chunking_to_forward(
-            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
-        )
+        if self.chunk_size_feed_forward == 0:
+            return self.feed_forward_chunk(hidden_states)
+        parts = hidden_states.split(self.chunk_size_feed_forward, dim=-2)
+        return torch.cat([self.feed_forward_chunk(part) for part in parts], dim=-2)
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         """x + mlp(norm(x)): the second half of the layer."""

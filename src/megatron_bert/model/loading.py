@@ -35,14 +35,15 @@ class LoadingMixin:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        with _held_back_report() as records:
-            try:
+        records: list[logging.LogRecord] = []
+        try:
+            with _held_back_report(records):
                 model, info = super().from_pretrained(
                     pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
                 )
-            except Exception:
-                _replay(records)
-                raise
+        except Exception:
+            _replay(records)
+            raise
         if info.get("mismatched_keys") or info.get("error_msgs"):
             _replay(records)
         else:
@@ -84,9 +85,8 @@ def num_tokens_beside(path_or_name: str | os.PathLike[str], **hub_arguments: Any
 
 
 @contextmanager
-def _held_back_report() -> Iterator[list[logging.LogRecord]]:
-    """Holds back Transformers' table of missing and unexpected weights."""
-    records: list[logging.LogRecord] = []
+def _held_back_report(records: list[logging.LogRecord]) -> Iterator[None]:
+    """Holds back Transformers' table of missing and unexpected weights, into `records`."""
 
     def hold_back(record: logging.LogRecord) -> bool:
         if "LOAD REPORT" not in record.getMessage():
@@ -96,7 +96,7 @@ def _held_back_report() -> Iterator[list[logging.LogRecord]]:
 
     _REPORTING_LOGGER.addFilter(hold_back)
     try:
-        yield records
+        yield
     finally:
         _REPORTING_LOGGER.removeFilter(hold_back)
 

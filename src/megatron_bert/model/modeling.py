@@ -231,8 +231,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
             (output_hidden_states, self.config.output_hidden_states),
         )
         wanted = any(default if given is None else given is not False for given, default in recorded)
-        chunked = self.config.chunk_size_feed_forward > 0
-        return not wanted and not chunked and runs_packed(self.config._attn_implementation)
+        return not wanted and runs_packed(self.config._attn_implementation)
 
     def _prepare_cache(
         self, past_key_values: Cache | None, use_cache: bool, encoder_hidden_states: Tensor | None
