@@ -1,6 +1,8 @@
-"""For every test: no hub, quiet tokenizers, and the GPU marker."""
+"""For every test: no hub, quiet tokenizers, the libraries' verbosity as it was, and the GPU marker."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,3 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _verbosity_restored() -> Iterator[None]:
+    """A command run in process quietens Transformers for good; Transformers' own tests read what it logs."""
+    yield
+    if "transformers" in sys.modules:
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
+
+        logging.set_verbosity_warning()
+        logging.enable_progress_bar()
+        hub_logging.set_verbosity_warning()
