@@ -33,5 +33,4 @@ def _verbosity_restored() -> Iterator[None]:
         from transformers.utils import logging
 
         logging.set_verbosity_warning()
-        logging.enable_progress_bar()
         hub_logging.set_verbosity_warning()
