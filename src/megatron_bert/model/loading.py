@@ -14,6 +14,8 @@ __all__ = ["LoadingMixin", "num_tokens_beside"]
 logger = logging.getLogger(__name__)
 
 _REPORTING_LOGGER = logging.getLogger("transformers.modeling_utils")
+# How Transformers' messages about absent and extra weights are told: its table, and an absent tied head.
+_REPORT_SIGNS = ("LOAD REPORT", "tied weights mapping")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -89,7 +91,7 @@ def _held_back_report(records: list[logging.LogRecord]) -> Iterator[None]:
     """Holds back Transformers' table of missing and unexpected weights, into `records`."""
 
     def hold_back(record: logging.LogRecord) -> bool:
-        if "LOAD REPORT" not in record.getMessage():
+        if not any(sign in record.getMessage() for sign in _REPORT_SIGNS):
             return True
         records.append(record)
         return False
