@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,7 +15,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.data.samples import EpochIndex, Sample, SampleBuilder, SampleKey
 
-__all__ = ["Batch", "BatchLayout", "BatchPlan", "Position", "collate", "evaluation_batches", "training_batches"]
+__all__ = [
+    "Batch",
+    "BatchLayout",
+    "BatchPlan",
+    "Position",
+    "StepBatches",
+    "collate",
+    "evaluation_batches",
+    "training_batches",
+    "training_steps",
+]
 
 Batch = dict[str, torch.Tensor]
 
@@ -40,10 +53,38 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class Position:
-    """The next sample to be used: `offset` within `epoch`."""
+    """Where the next step begins; opaque to everybody but this package. `Position()` is the start of the data."""
 
     epoch: int = 0
     offset: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """For a checkpoint; `Position.of` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, int]) -> Self:
+        """The position that `as_dict` gave."""
+        return cls(**values)
+
+
+class StepBatches(NamedTuple):
+    """One optimizer step of one rank.
+
+    micro_batches: at least one, as many as on every other rank; the number may differ from step to step.
+    keys: of the whole step's samples, over all ranks.
+    next: where the next step begins.
+    """
+
+    micro_batches: list[Batch]
+    keys: list[SampleKey]
+    next: Position
+
+
+class _PlannedStep(NamedTuple):
+    num_micro_batches: int
+    keys: list[SampleKey]
+    next: Position
 
 
 class BatchPlan(Sampler[list[SampleKey]]):
@@ -58,6 +99,7 @@ class BatchPlan(Sampler[list[SampleKey]]):
 
     def __init__(self, index_of: Callable[[int], EpochIndex], layout: BatchLayout, start: Position) -> None:
         self._index_of, self._layout, self._start = index_of, layout, start
+        self.planned: deque[_PlannedStep] = deque()  # steps whose micro-batches were handed to the loader
         assert layout.samples % layout.world_size == 0
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
@@ -66,6 +108,11 @@ class BatchPlan(Sampler[list[SampleKey]]):
         keys = self._keys()
         while True:
             step = [next(keys) for _ in range(layout.samples)]
+            self.planned.append(
+                _PlannedStep(
+                    layout.micro_batches, step, replace(self._start, epoch=step[-1].epoch, offset=step[-1].index + 1)
+                )
+            )
             mine = step[layout.rank * share : (layout.rank + 1) * share]
             for at in range(0, share, layout.micro_samples):
                 yield mine[at : at + layout.micro_samples]
@@ -134,6 +181,16 @@ def training_batches(
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the model's stream
     )
     return iter(loader)
+
+
+def training_steps(
+    builder: SampleBuilder, plan: BatchPlan, pad_id: int, *, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[StepBatches]:
+    """The plan's steps, without end; samples are made by `num_workers` processes (0: by this one)."""
+    batches = training_batches(builder, plan, pad_id, num_workers=num_workers, pin_memory=pin_memory)
+    for first in batches:
+        step = plan.planned.popleft()  # the loader hands batches out in the plan's order
+        yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
 
 
 def evaluation_batches(builder: SampleBuilder, index: EpochIndex, pad_id: int, samples: int) -> Iterator[Batch]:

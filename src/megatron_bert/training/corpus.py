@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bert.data.batches import Batch, BatchLayout, BatchPlan, Position, evaluation_batches, training_batches
+from megatron_bert.data.batches import (
+    Batch,
+    BatchLayout,
+    BatchPlan,
+    Position,
+    StepBatches,
+    evaluation_batches,
+    training_steps,
+)
 from megatron_bert.data.indexed import IndexedReader
 from megatron_bert.data.masking import Masker
 from megatron_bert.data.samples import EpochIndex, IntArray, SampleBuilder, SampleRules, split_documents
@@ -41,10 +49,15 @@ class Corpus:
     validation: Part | None
     pad_id: int
 
-    def micro_batches(self, layout: BatchLayout, start: Position, *, num_workers: int, pin: bool) -> Iterator[Batch]:
-        """Training batches from `start` on, without end; the index of the current epoch is kept."""
+    def steps(self, layout: BatchLayout, start: Position, *, num_workers: int, pin: bool) -> Iterator[StepBatches]:
+        """This rank's training steps from `start` on, without end; the index of the current epoch is kept.
+
+        Args:
+            num_workers: processes that make samples; 0: this one.
+            pin: put batches into page-locked memory.
+        """
         plan = BatchPlan(lru_cache(maxsize=1)(self.training.index), layout, start)
-        return training_batches(self.training.builder, plan, self.pad_id, num_workers=num_workers, pin_memory=pin)
+        return training_steps(self.training.builder, plan, self.pad_id, num_workers=num_workers, pin_memory=pin)
 
     def validation_batches(self, samples: int) -> Callable[[], Iterator[Batch]] | None:
         """Makes a pass over the held-out samples, `samples` at a time."""

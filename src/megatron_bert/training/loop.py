@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import nn
 
-from megatron_bert.data.batches import Batch
+from megatron_bert.data.batches import Batch, StepBatches
 from megatron_bert.training.configuration import PretrainConfiguration
 from megatron_bert.training.metrics import MetricsSink
 from megatron_bert.training.objective import MicroBatch
@@ -25,7 +24,7 @@ class Run:
     """What the loop drives.
 
     Attributes:
-        micro_batches: this rank's, `micro_batches_per_step` of them a step, without end.
+        steps: this rank's batches, step after step, without end.
         validation: makes a fresh pass over the held-out samples, or None.
     """
 
@@ -33,8 +32,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
-    micro_batches: Iterator[Batch]
-    micro_batches_per_step: int
+    steps: Iterator[StepBatches]
     validation: Callable[[], Iterator[Batch]] | None
 
 
@@ -47,7 +45,7 @@ def train(run: Run, sink: MetricsSink) -> dict[str, float]:
         share = learning_rate_share(step, training.warmup_steps, training.steps)
         learning_rate = share * run.configuration.optimizer.learning_rate
         set_learning_rate(run.optimizer, learning_rate)
-        batches = [MicroBatch.of(batch) for batch in islice(run.micro_batches, run.micro_batches_per_step)]
+        batches = [MicroBatch.of(batch) for batch in next(run.steps).micro_batches]
         sums, norm = train_step(
             run.model, run.optimizer, batches, run.device,
             precision=training.precision, clip_norm=run.configuration.optimizer.clip_norm,

@@ -95,10 +95,7 @@ def _wire(
         model=model,
         optimizer=build_optimizer(model, configuration.optimizer),
         device=device,
-        micro_batches=corpus.micro_batches(
-            layout, Position(), num_workers=runtime.num_workers, pin=device.type == "cuda"
-        ),
-        micro_batches_per_step=layout.micro_batches,
+        steps=corpus.steps(layout, Position(), num_workers=runtime.num_workers, pin=device.type == "cuda"),
         validation=corpus.validation_batches(micro_samples),
     )
 
