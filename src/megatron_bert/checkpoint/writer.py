@@ -1,0 +1,125 @@
+"""Writes checkpoints beside the training that goes on: copied at once, written by a thread, renamed when whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from megatron_bert.checkpoint.manifest import write_manifest
+from megatron_bert.checkpoint.native import (
+    checkpoint_of,
+    checkpoints_folder,
+    list_checkpoints,
+    state_file,
+    step_of,
+    streams_file,
+)
+from megatron_bert.checkpoint.tensors import write_tensors
+from megatron_bert.data.files import sync, written_aside
+
+__all__ = ["CheckpointWriter", "Snapshot", "remove_unfinished"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds. The tensors may be the ones in use: `CheckpointWriter.save` copies them.
+
+    tensors: weights and optimizer states, named with the prefixes of `checkpoint.native`.
+    state, streams: what JSON can hold.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    streams: Mapping[str, Any]
+
+
+class CheckpointWriter:
+    """Keeps the last `keep` checkpoints of the run in the folder `run`.
+
+    `save` returns as soon as the tensors are copied into the CPU's memory (page-locked where there is a GPU, and used
+    again the next time), so no checkpoint ever mixes two steps. One checkpoint is written at a time; the next `save`
+    waits for it. A disk that is full is said aloud and does not end the run: earlier checkpoints are as good as before,
+    and the next `save` tries again. Leaving the block waits for what is being written.
+    """
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self._run, self._keep = run, keep
+        gpu = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+            )
+        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[OSError | None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._stager.close()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Copies the snapshot and begins to write it; what a write before it said is in the log."""
+        self.wait()
+        tensors = self._stager.stage(dict(snapshot.tensors))
+        assert isinstance(tensors, dict)
+        copied = Snapshot(snapshot.step, tensors, snapshot.state, snapshot.streams)
+        self._pending = self._thread.submit(self._write, copied)
+
+    def wait(self) -> OSError | None:
+        """Waits until nothing is being written; returns why the last one could not be, or None."""
+        pending, self._pending = self._pending, None
+        return pending.result() if pending else None
+
+    def _write(self, snapshot: Snapshot) -> OSError | None:
+        target = checkpoint_of(self._run, snapshot.step)
+        try:
+            with written_aside(target, folder=True) as aside:
+                write_tensors(aside, snapshot.tensors)
+                state_file(aside).write_text(json.dumps(snapshot.state), encoding="utf-8")
+                streams_file(aside, 0).write_text(json.dumps(snapshot.streams), encoding="utf-8")
+                write_manifest(aside)
+            sync(target.parent)
+            self._prune(snapshot.step)
+        except OSError as error:
+            log.warning(
+                "the checkpoint of step %d could not be written (%s); the ones before it are as good as ever",
+                snapshot.step,
+                error.strerror or error,
+            )
+            return error
+        return None
+
+    def _prune(self, newest: int) -> None:
+        """Removes what is not among the last `keep` up to `newest`; what is beyond was damaged when the run began."""
+        kept = [path for path in list_checkpoints(self._run) if step_of(path) <= newest][: self._keep]
+        for path in list_checkpoints(self._run):
+            if path not in kept:
+                shutil.rmtree(path)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what a killed process was writing. Only for whoever holds the run's lock."""
+    for path in checkpoints_folder(run).glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
