@@ -72,8 +72,8 @@ def packed_attention(
 ) -> Tensor:
     """Attention of each sequence of a packed row with itself: (1, N, T, H) -> (1, T, N, H).
 
-    CUDA: PyTorch's variable-length kernel where it applies (16-bit, no dropout), or the flash-attention library where
-    the model is set to it. CPU: one call a sequence, which no padded call beats. Otherwise padded for this step only.
+    CUDA: PyTorch's variable-length kernel where it applies (16-bit), or the flash-attention library where the model is
+    set to it. CPU: one call a sequence, which no padded call beats. Otherwise padded for this step only.
     """
     if "flash" in implementation:
         boundaries, longest = layout.cu_seq_lens, layout.max_length
@@ -92,18 +92,10 @@ def packed_attention(
             max_length_k=longest,
         )
         return context
-    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen_attention(query, key, value, layout, is_causal, scaling)
-    if query.device.type == "cpu":
-        per_sequence = zip(
-            *(torch.split(states, list(layout.lengths), dim=2) for states in (query, key, value)), strict=True
-        )
-        contexts = [
-            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
-            for q, k, v in per_sequence
-        ]
-        return torch.cat(contexts, dim=2).transpose(1, 2)
-    return _padded_attention(query, key, value, layout, is_causal, scaling, dropout)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen_attention(query, key, value, layout, is_causal, scaling, dropout)
+    by_length = _attention_by_sequence if query.device.type == "cpu" else _padded_attention
+    return by_length(query, key, value, layout, is_causal, scaling, dropout)
 
 
 @cache
@@ -115,24 +107,37 @@ def _varlen_causal_arguments(is_causal: bool) -> dict[str, Any]:
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float, dropout: float
 ) -> Tensor:
     query_TNH, key_TNH, value_TNH = (states[0].transpose(0, 1) for states in (query, key, value))
     boundaries, longest = layout.cu_seq_lens, layout.max_length
-    context_TNH: Any = varlen.varlen_attn(
-        query_TNH,
-        key_TNH,
-        value_TNH,
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        scale=scaling,
-        **_varlen_causal_arguments(is_causal),
-    )
+    arguments = (query_TNH, key_TNH, value_TNH, boundaries, boundaries, longest, longest)
+    if dropout > 0.0:  # the public function has no dropout; the operator under it has, and a gradient
+        operator: Any = torch.ops.aten._flash_attention_forward
+        return operator(*arguments, dropout, is_causal, False, scale=scaling)[0].unsqueeze(0)
+    context_TNH: Any = varlen.varlen_attn(*arguments, scale=scaling, **_varlen_causal_arguments(is_causal))
     return context_TNH.unsqueeze(0)
 
 
+# The two below depend on the sequences' lengths: compiled, they would be compiled again for every batch.
+
+
+@torch.compiler.disable
+def _attention_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float, dropout: float
+) -> Tensor:
+    """One call of `scaled_dot_product_attention` a sequence."""
+    per_sequence = zip(
+        *(torch.split(states, list(layout.lengths), dim=2) for states in (query, key, value)), strict=True
+    )
+    contexts = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
+        for q, k, v in per_sequence
+    ]
+    return torch.cat(contexts, dim=2).transpose(1, 2)
+
+
+@torch.compiler.disable
 def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float, dropout: float
 ) -> Tensor:

@@ -83,37 +83,51 @@ class MegatronBertSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D), and the attention probabilities (B, N, S, S) where the kernel has them."""
         # The number of heads is left open: a tensor-parallel rank holds only its own.
-        query = self._split_heads(self.query(hidden_states))
         if self.is_cross_attention:
             assert encoder_hidden_states is not None
+            query = self._split_heads(self.query(hidden_states))
             key, value = self._cross_keys_values(encoder_hidden_states, past_key_values)
         else:
-            key, value = self._split_heads(self.key(hidden_states)), self._split_heads(self.value(hidden_states))
+            query, key, value = map(self._split_heads, self.projections(hidden_states))
             if past_key_values is not None:
                 if isinstance(past_key_values, EncoderDecoderCache):
                     past_key_values = past_key_values.self_attention_cache
                 key, value = past_key_values.update(key, value, self.layer_idx)
-        dropout = self.dropout.p if self.training else 0.0
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        probabilities = None
-        if layout is not None:
-            context = packed_attention(
-                self,
-                query,
-                key,
-                value,
-                layout,
-                implementation=implementation,
-                is_causal=self.is_causal,
-                scaling=self.scaling,
-                dropout=dropout,
-            )
-        else:
-            function = attention_function(implementation)
-            context, probabilities = function(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
+        context, probabilities = self.core(query, key, value, attention_mask, implementation, layout, **kwargs)
         return context.flatten(2), probabilities
+
+    def projections(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the same states, (B, S, D) -> (B, S, N * H) each."""
+        return self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+
+    def core(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        implementation: str,
+        layout: PackedLayout | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The part without weights: scores, softmax, dropout, and their product with the values."""
+        dropout = self.dropout.p if self.training else 0.0
+        if layout is None:
+            function = attention_function(implementation)
+            return function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        context = packed_attention(
+            self,
+            query,
+            key,
+            value,
+            layout,
+            implementation=implementation,
+            is_causal=self.is_causal,
+            scaling=self.scaling,
+            dropout=dropout,
+        )
+        return context, None
 
     def _split_heads(self, states: Tensor) -> Tensor:
         """(B, S, N * H) -> (B, N, S, H)."""

@@ -180,7 +180,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         batch_shape = (tokens.shape[0], tokens.shape[1])
         past_key_values = self._prepare_cache(past_key_values, use_cache, encoder_hidden_states)
         packed_rows = None
-        if attention_mask is None and past_key_values is None:
+        if layout is None and attention_mask is None and past_key_values is None:
             packed_rows = _layout_of_packed_rows(position_ids, cu_seq_lens_q, batch_shape)
         boundaries = cu_seq_lens_q if packed_rows is None else packed_rows.cu_seq_lens
         if position_ids is None:
