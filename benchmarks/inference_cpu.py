@@ -3,8 +3,9 @@
     python benchmarks/inference_cpu.py              # the 345M shape, as in RESULTS.md
     python benchmarks/inference_cpu.py --layers 2 --rounds 1 --texts 8    # a quick look
 
-Every implementation and type runs in a process of its own, in turns, `--rounds` times; the table shows medians over the
-rounds. Memory is the process's highest resident set during a case (VmHWM, reset before it).
+Every implementation and type has a process of its own, and they take turns call by call, so that a machine whose speed
+changes from minute to minute changes for all of them. The table shows medians over the calls and of the ratios of
+neighbouring calls. Memory is the process's highest resident set during a case (VmHWM, reset before each call).
 """
 
 import argparse
@@ -87,14 +88,15 @@ TEXT_LENGTHS = [
     155,
 ]
 TYPES = {"bf16": "bfloat16", "fp32": "float32"}
-# fp32 takes minutes, so it runs once, and only the cases whose figure is asked for: theirs is what our bf16 replaces.
-WITH_FP32 = {"theirs": ("a", "c"), "ours": ("c",)}
+# What is compared: our type, theirs, and the cases. Their fp32 is what our bf16 replaces; it takes minutes: one call.
+PAIRS = (("bf16", "bf16", "abc"), ("bf16", "fp32", "a"), ("fp32", "fp32", "c"))
+CALLS = {"c": 20, "b": 3, "a": 1}  # of each process, a round
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of bf16; fp32 has one")
+    parser.add_argument("--rounds", type=int, default=3, help="the mixed texts in fp32 run once")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--worker", nargs=3, metavar=("WHO", "TYPE", "FOLDER"), help=argparse.SUPPRESS)
@@ -102,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cases(num_texts: int) -> dict[str, list[int]]:
-    """Row lengths by case, smallest first, so that no case inherits a larger one's memory."""
+    """Row lengths by case, smallest first, so that no case inherits memory that a larger one left behind."""
     return {"c 1 x 32": [32], "b 8 x 128": [128] * 8, "b 4 x 512": [512] * 4, "a texts": TEXT_LENGTHS[:num_texts]}
 
 
@@ -125,7 +127,7 @@ def peak_gib() -> float:
 
 
 def work(who: str, kind: str, folder: str, arguments: argparse.Namespace) -> None:
-    """Runs the cases with one implementation and prints seconds and GiB by case as JSON."""
+    """Runs the case named by each line of standard input once, and answers with seconds and GiB as JSON."""
     import torch
     import transformers
 
@@ -136,38 +138,52 @@ def work(who: str, kind: str, folder: str, arguments: argparse.Namespace) -> Non
     transformers.logging.disable_progress_bar()
     source = transformers if who == "theirs" else family
     model = getattr(source, CLASS).from_pretrained(folder, dtype=getattr(torch, TYPES[kind])).eval()
-    results = {}
     with torch.inference_mode():
-        for name, lengths in cases(arguments.texts).items():
-            if kind == "fp32" and not name.startswith(WITH_FP32[who]):
-                continue
-            inputs = batch(lengths)
-            large = len(lengths) > 8
-            if not large:
-                model(**inputs)
+        for line in sys.stdin:
+            inputs = batch(cases(arguments.texts)[line.strip()])
             reset_peak()
-            seconds = []
-            for _ in range(1 if large else 20 if len(lengths) == 1 else 3):
-                start = time.perf_counter()
-                model(**inputs)
-                seconds.append(time.perf_counter() - start)
-            results[name] = {"seconds": statistics.median(seconds), "gib": peak_gib()}
-    print(json.dumps(results))
+            start = time.perf_counter()
+            model(**inputs)
+            print(json.dumps({"seconds": time.perf_counter() - start, "gib": peak_gib()}), flush=True)
 
 
-def run_worker(who: str, kind: str, folder: str, arguments: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--cores", str(arguments.cores), "--texts", str(arguments.texts)]
-    done = subprocess.run([*command, "--worker", who, kind, folder], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+class Worker:
+    """A process that holds one implementation's model in one type."""
+
+    def __init__(self, who: str, kind: str, folder: str, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--cores", str(arguments.cores), "--texts", str(arguments.texts)]
+        self._process = subprocess.Popen(
+            [*command, "--worker", who, kind, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def call(self, case: str) -> dict[str, float]:
+        self._process.stdin.write(case + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        return json.loads(answer) if answer else sys.exit("a worker ended early; see above")
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def medians(rounds: list[dict]) -> dict:
-    return {
-        case: {unit: statistics.median(one[case][unit] for one in rounds) for unit in ("seconds", "gib")}
-        for case in rounds[0]
-    }
+def measure(mine: str, other: str, names: list[str], rounds: int, folder: str, arguments: argparse.Namespace) -> None:
+    """Prints the rows of our type `mine` beside their type `other`."""
+    ours, theirs = Worker("ours", mine, folder, arguments), Worker("theirs", other, folder, arguments)
+    for name in names:
+        calls = CALLS[name[0]] * (1 if other != mine else rounds)
+        if name[0] != "a":  # a first call in a process is dearer; the mixed texts come last, long after the first
+            ours.call(name), theirs.call(name)
+        both = [(ours.call(name), theirs.call(name)) for _ in range(calls)]
+        seconds = [statistics.median(pair[side]["seconds"] for pair in both) for side in (0, 1)]
+        ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in both)
+        gib = [max(pair[side]["gib"] for pair in both) for side in (0, 1)]
+        print(
+            f"| {name} | {mine} | {other} | {seconds[0]:.3f} | {seconds[1]:.3f} | {ratio:.2f} "
+            f"| {gib[0]:.2f} | {gib[1]:.2f} |",
+            flush=True,
+        )
+    ours.stop(), theirs.stop()
 
 
 def describe_machine() -> str:
@@ -194,23 +210,12 @@ def main() -> None:
         torch.manual_seed(0)
         config = family.MegatronBertConfig(num_hidden_layers=arguments.layers)
         getattr(family, CLASS)(config).save_pretrained(folder)
-        rounds: dict[tuple[str, str], list[dict]] = {}
-        for number in range(arguments.rounds):
-            for kind in ("bf16", "fp32") if number == 0 else ("bf16",):
-                for who in ("theirs", "ours"):
-                    rounds.setdefault((who, kind), []).append(run_worker(who, kind, folder, arguments))
-                    print(who, kind, rounds[who, kind][-1], file=sys.stderr, flush=True)
-    found = {key: medians(value) for key, value in rounds.items()}
-    print(f"{CLASS}, {arguments.layers} layers, {arguments.cores} cores, {describe_machine()}\n")
-    print("| case | ours | theirs | seconds, ours | seconds, theirs | ratio | GiB, ours | GiB, theirs |")
-    print("|---|---|---|---|---|---|---|---|")
-    for mine, other in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
-        for case in sorted(found["ours", mine].keys() & found["theirs", other].keys()):
-            ours, theirs = found["ours", mine][case], found["theirs", other][case]
-            print(
-                f"| {case} | {mine} | {other} | {ours['seconds']:.3f} | {theirs['seconds']:.3f} "
-                f"| {theirs['seconds'] / ours['seconds']:.2f} | {ours['gib']:.2f} | {theirs['gib']:.2f} |"
-            )
+        print(f"{CLASS}, {arguments.layers} layers, {arguments.cores} cores, {describe_machine()}\n")
+        print("| case | ours | theirs | seconds, ours | seconds, theirs | ratio | GiB, ours | GiB, theirs |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        for mine, other, letters in PAIRS:
+            names = [name for name in cases(arguments.texts) if name[0] in letters]
+            measure(mine, other, names, arguments.rounds, folder, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from megatron_bert import model as family
 from megatron_bert.auto import register
-from megatron_bert.model.linear import _reordered_linear, _widened_linear
+from megatron_bert.model.linear import _amx_linear, _widened_linear
 
 SHAPE = {
     "vocab_size": 99,
@@ -247,11 +247,13 @@ def test_heads_must_divide_the_hidden_size():
         family.MegatronBertConfig(**{**SHAPE, "num_attention_heads": 5})
 
 
-@pytest.mark.parametrize("function", [_widened_linear, _reordered_linear])
+@pytest.mark.parametrize("function", [_widened_linear, _amx_linear])
+@pytest.mark.parametrize("reorder_from", [1, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fast_products_equal_the_plain_one(function, bias, monkeypatch):
+def test_fast_products_equal_the_plain_one(function, reorder_from, bias, monkeypatch):
     """Against the product in double precision: no further from it than one rounding to bf16."""
     monkeypatch.setattr("megatron_bert.model.linear._BLOCK_ELEMENTS", 64 * 7)
+    monkeypatch.setattr("megatron_bert.model.linear._REORDER_FROM_TOKENS", reorder_from)
     torch.manual_seed(0)
     input = torch.randn(3, 5, 64).bfloat16()
     layer = torch.nn.Linear(64, 50, bias=bias).bfloat16()

@@ -72,7 +72,7 @@ class PackedLayout:
         if self.indices_T is None:
             return packed_1Tx.view(*self.batch_shape, *packed_1Tx.shape[2:])
         flat = packed_1Tx.new_zeros(self.batch_shape[0] * self.batch_shape[1], *packed_1Tx.shape[2:])
-        return flat.index_copy(0, self.indices_T, packed_1Tx[0]).view(*self.batch_shape, *packed_1Tx.shape[2:])
+        return flat.index_copy_(0, self.indices_T, packed_1Tx[0]).view(*self.batch_shape, *packed_1Tx.shape[2:])
 
     def unpack_in_blocks(self, function: Callable[[Tensor], Tensor], packed_1TD: Tensor, block_tokens: int) -> Tensor:
         """`unpack(function(packed))` without holding the packed result: for outputs as wide as a vocabulary."""
