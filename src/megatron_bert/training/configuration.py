@@ -100,6 +100,9 @@ class RuntimeSection(_Section):
     num_workers: int = Field(0, ge=0)  # processes that make samples; 0: this one
     log_every_steps: int = Field(10, gt=0)
     evaluate_every_steps: int = Field(200, gt=0)
+    checkpoint_every_steps: int = Field(1000, gt=0)  # besides at the end and when stopped
+    keep_checkpoints: int = Field(3, gt=0)  # the last ones; older ones are removed
+    stop_after_skipped_steps: int = Field(10, gt=0)  # in a row, for a loss or gradient that is not finite
 
 
 class PretrainConfiguration(_Section):
