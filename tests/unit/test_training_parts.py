@@ -9,9 +9,11 @@ import torch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.training.configuration import OptimizerSection
+from megatron_bert.training.execution import build_objective
 from megatron_bert.training.initialization import scale_residual_projections
 from megatron_bert.training.metrics import MetricsSink
-from megatron_bert.training.objective import MicroBatch, mean_loss, pretraining_losses
+from megatron_bert.training.microbatch import MicroBatch
+from megatron_bert.training.objective import Objective, mean_loss
 from megatron_bert.training.optimizer import build_optimizer, parameter_groups
 from megatron_bert.training.schedule import learning_rate_share, set_learning_rate
 from megatron_bert.training.step import Sums, evaluate_batch, train_step
@@ -54,8 +56,8 @@ def test_objective_is_the_models_own_loss(padded: bool) -> None:
     wanted_loss = model(**inputs).loss.item()
     model.zero_grad()
     micro = MicroBatch.of(inputs)
-    assert (micro.attention_mask is None) == (not padded)
-    loss = mean_loss(pretraining_losses(model, micro), micro.num_masked, micro.num_pairs)
+    assert (micro.layout is None) == (not padded)
+    loss = mean_loss(Objective(model, CPU)(micro), micro.num_masked, micro.num_pairs)
     loss.backward()
     assert loss.item() == pytest.approx(wanted_loss, rel=1e-6)
     for name, parameter in model.named_parameters():
@@ -65,7 +67,7 @@ def test_objective_is_the_models_own_loss(padded: bool) -> None:
 def test_correct_predictions_are_counted() -> None:
     model, inputs = tiny_model().eval(), batch()
     micro = MicroBatch.of(inputs)
-    losses = pretraining_losses(model, micro)
+    losses = Objective(model, CPU)(micro)
     output = model(**{name: inputs[name] for name in ("input_ids", "token_type_ids", "attention_mask")})
     hits = (output.prediction_logits.argmax(-1) == inputs["labels"]).sum()
     pair_hits = (output.seq_relationship_logits.argmax(-1) == inputs["next_sentence_label"]).sum()
@@ -77,7 +79,7 @@ def test_nothing_masked_is_no_loss_and_no_gradient_of_the_head() -> None:
     model, inputs = tiny_model(), batch()
     inputs["labels"][:] = IGNORED
     micro = MicroBatch.of(inputs)
-    losses = pretraining_losses(model, micro)
+    losses = Objective(model, CPU)(micro)
     mean_loss(losses, 0, micro.num_pairs).backward()
     assert losses.masked_lm.item() == 0.0
     assert "masked_lm_loss" not in Sums.of(losses, micro).means()
@@ -91,10 +93,10 @@ def test_micro_batches_do_not_change_the_update(pieces: int) -> None:
     updated = []
     for cut in (1, pieces):
         model = tiny_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
         chunks = [{name: part.chunk(cut)[at] for name, part in inputs.items()} for at in range(cut)]
-        sums, norm = train_step(
-            model, optimizer, [MicroBatch.of(chunk) for chunk in chunks], CPU, precision="float32", clip_norm=1e9
+        sums, norm, _ = train_step(
+            Objective(model, CPU), optimizer, [MicroBatch.of(chunk) for chunk in chunks], clip_norm=1e9
         )
         updated.append((sums.means(), norm, [parameter.detach().clone() for parameter in model.parameters()]))
     assert updated[0][0] == pytest.approx(updated[1][0], rel=1e-5)
@@ -106,8 +108,8 @@ def test_micro_batches_do_not_change_the_update(pieces: int) -> None:
 def test_gradients_are_clipped_by_their_common_norm() -> None:
     model = tiny_model()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    _, norm = train_step(model, optimizer, [MicroBatch.of(batch())], CPU, precision="float32", clip_norm=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    _, norm, _ = train_step(Objective(model, CPU), optimizer, [MicroBatch.of(batch())], clip_norm=0.01)
     moved = sum((new - old).square().sum() for new, old in zip(model.parameters(), before, strict=True)).sqrt()
     assert norm > 0.01
     assert moved.item() == pytest.approx(0.01, rel=1e-3)
@@ -117,8 +119,8 @@ def test_gradients_are_clipped_by_their_common_norm() -> None:
 def test_evaluation_changes_nothing() -> None:
     model = tiny_model().eval()
     micro = MicroBatch.of(batch())
-    means = evaluate_batch(model, micro, CPU, precision="float32").means()
-    assert means == evaluate_batch(model, micro, CPU, precision="float32").means()
+    means = evaluate_batch(Objective(model, CPU), micro).means()
+    assert means == evaluate_batch(Objective(model, CPU), micro).means()
     assert means["loss"] == pytest.approx(means["masked_lm_loss"] + means["pair_loss"])
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -126,10 +128,11 @@ def test_evaluation_changes_nothing() -> None:
 def test_bfloat16_keeps_float32_weights_and_a_near_loss() -> None:
     model = tiny_model()
     micro = MicroBatch.of(batch())
-    near = evaluate_batch(model, micro, CPU, precision="bfloat16").means()["loss"]
-    assert near == pytest.approx(evaluate_batch(model, micro, CPU, precision="float32").means()["loss"], rel=0.02)
+    bfloat16 = build_objective(model, CPU, precision="bfloat16", rows=6, row_tokens=20)
+    near = evaluate_batch(bfloat16, micro).means()["loss"]
+    assert near == pytest.approx(evaluate_batch(Objective(model, CPU), micro).means()["loss"], rel=0.02)
     optimizer = build_optimizer(model, OptimizerSection(learning_rate=1e-3))
-    train_step(model, optimizer, [micro], CPU, precision="bfloat16", clip_norm=1.0)
+    train_step(bfloat16, optimizer, [micro], clip_norm=1.0)
     states = [value for state in optimizer.state.values() for value in state.values()]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert {state.dtype for state in states} == {torch.float32}

@@ -1,16 +1,18 @@
-"""The pretraining objective: masked tokens plus the pair (arXiv 1909.08053, section 5.3).
+"""The pretraining objectives: masked tokens and the pair (arXiv 1909.08053, section 5.3), or the next token (5.2).
 
-Legend: B batch, S sequence, M masked tokens of the batch, D hidden, V vocabulary.
+Legend: B batch, S sequence, n sequences, M predicted positions of the batch, D hidden, V vocabulary.
 
-The vocabulary projection, the largest multiplication of a small model, is done at the M masked positions only. Losses
+The vocabulary projection, the largest multiplication of a small model, is done at the M predicted positions only. Losses
 are sums; whoever adds up micro-batches or ranks divides by the global number of terms, so that how a batch is laid out
 never changes it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,54 +20,11 @@ from torch.nn import functional
 
 from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
+from megatron_bert.training.microbatch import FixedShapes, MicroBatch
 
-__all__ = ["Losses", "MicroBatch", "mean_loss", "pretraining_losses"]
+__all__ = ["Losses", "Objective", "mean_loss", "token_losses"]
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A batch as the objective takes it; the numbers are known without asking the device.
-
-    input_ids, token_type_ids: int64 [B, S]; attention_mask: the same, or None where nothing is padding;
-    positions: int64 [M], where the masked tokens stand in the flattened [B * S]; targets: int64 [M], what they were;
-    pair_labels: int64 [B], IGNORED for a row without a pair.
-    """
-
-    input_ids: Tensor
-    token_type_ids: Tensor
-    attention_mask: Tensor | None
-    positions: Tensor
-    targets: Tensor
-    pair_labels: Tensor
-    num_masked: int
-    num_pairs: int
-    num_tokens: int
-
-    @classmethod
-    def of(cls, batch: Batch) -> Self:
-        """From a collated batch in the CPU's memory."""
-        labels = batch["labels"].flatten()
-        positions = (labels != IGNORED).nonzero(as_tuple=True)[0]
-        num_tokens = int(batch["attention_mask"].sum())
-        return cls(
-            input_ids=batch["input_ids"],
-            token_type_ids=batch["token_type_ids"],
-            attention_mask=None if num_tokens == labels.numel() else batch["attention_mask"],
-            positions=positions,
-            targets=labels[positions],
-            pair_labels=batch["next_sentence_label"],
-            num_masked=len(positions),
-            num_pairs=int((batch["next_sentence_label"] != IGNORED).sum()),
-            num_tokens=num_tokens,
-        )
-
-    def to(self, device: torch.device) -> Self:
-        """A copy on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+TokenLosses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Losses(NamedTuple):
@@ -77,26 +36,64 @@ class Losses(NamedTuple):
     pair_correct: Tensor
 
 
-def pretraining_losses(model: nn.Module, batch: MicroBatch) -> Losses:
-    """Cross-entropies in nats of a `MegatronBertForPreTraining`, summed over masked tokens and over pairs.
+def token_losses(head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The head's cross-entropy in nats and its right predictions, both summed over targets other than IGNORED."""
+    logits_MV = head(hidden_MD).float()
+    loss = functional.cross_entropy(logits_MV, targets_M, reduction="sum", ignore_index=IGNORED)
+    correct = (logits_MV.detach().argmax(-1) == targets_M).sum()
+    return loss, correct.float()
 
-    Divided by their numbers and added, they are the loss that the model's own forward returns for these labels.
+
+@dataclass
+class Objective:
+    """What is minimised, and how it is computed: a callable from a micro-batch to its losses.
+
+    Divided by their numbers and added (`mean_loss`), the losses are what the model's own forward returns for these
+    labels; those of a causal model are what it returns for the labels before they were shifted.
+
+    Attributes:
+        model: a `MegatronBertForPreTraining`, `MegatronBertForMaskedLM` or `MegatronBertForCausalLM`.
+        precision: number type of the computation; weights, gradients and sums stay float32.
+        token_losses: the function of this name, or a compiled one.
+        shapes: what every batch is filled up to, where the model is compiled.
     """
-    parts: Any = model
-    output = parts.bert(
-        input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, attention_mask=batch.attention_mask
-    )
-    hidden_MD = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
-    logits_MV = parts.cls.predictions(hidden_MD).float()
-    pair_logits = parts.cls.seq_relationship(output.pooler_output).float()
-    return Losses(
-        masked_lm=functional.cross_entropy(logits_MV, batch.targets, reduction="sum"),
-        pair=functional.cross_entropy(pair_logits, batch.pair_labels, ignore_index=IGNORED, reduction="sum"),
-        masked_lm_correct=(logits_MV.detach().argmax(-1) == batch.targets).sum().float(),
-        pair_correct=(pair_logits.detach().argmax(-1) == batch.pair_labels).sum().float(),
-    )
+
+    model: nn.Module
+    device: torch.device
+    precision: str = "float32"
+    token_losses: TokenLosses = token_losses
+    shapes: FixedShapes | None = None
+
+    def micro_batch(self, batch: Batch) -> MicroBatch:
+        """A collated batch as this objective takes it, still in the CPU's memory."""
+        return MicroBatch.of(batch, self.shapes)
+
+    def __call__(self, cpu_batch: MicroBatch) -> Losses:
+        """The losses of one micro-batch, summed over predicted tokens and over pairs."""
+        batch = cpu_batch.to(self.device)
+        with autocast(self.device, self.precision):
+            return self._losses(batch)
+
+    def _losses(self, batch: MicroBatch) -> Losses:
+        parts: Any = self.model
+        output = parts.bert(**batch.inputs, layout=batch.layout)
+        hidden_MD = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
+        loss, correct = self.token_losses(parts.cls.predictions, hidden_MD, batch.targets)
+        pair_loss = pair_correct = torch.zeros((), device=self.device)
+        if batch.pair_labels is not None:
+            pair_logits = parts.cls.seq_relationship(output.pooler_output).float()
+            pair_loss = functional.cross_entropy(
+                pair_logits, batch.pair_labels, ignore_index=IGNORED, reduction="sum"
+            )
+            pair_correct = (pair_logits.detach().argmax(-1) == batch.pair_labels).sum().float()
+        return Losses(loss, pair_loss, correct, pair_correct)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which a forward pass computes in `precision`, the weights staying float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def mean_loss(losses: Losses, num_masked: int, num_pairs: int) -> Tensor:
-    """The masked-LM loss per masked token plus the pair loss per pair, for the step's global numbers of both."""
+    """The loss per predicted token plus the pair loss per pair, for the step's global numbers of both."""
     return losses.masked_lm / max(num_masked, 1) + losses.pair / max(num_pairs, 1)

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megatron_bert.training.objective import Losses, MicroBatch, mean_loss, pretraining_losses
+from megatron_bert.training.microbatch import MicroBatch
+from megatron_bert.training.objective import Losses, Objective, mean_loss
 
-__all__ = ["Sums", "autocast", "evaluate_batch", "train_step"]
+__all__ = ["StepResult", "Sums", "evaluate_batch", "train_step"]
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a step (or several, added) saw. The tensors stay on the device until somebody looks."""
+    """What a step (or several, added) saw. The tensors stay on the device until somebody looks.
+
+    The losses and their numbers leave out steps that were not applied; tokens and attended pairs count all work.
+    """
 
     masked_lm: Tensor | float = 0.0
     pair: Tensor | float = 0.0
     masked_lm_correct: Tensor | float = 0.0
     pair_correct: Tensor | float = 0.0
-    num_masked: int = 0
-    num_pairs: int = 0
+    num_masked: Tensor | int = 0
+    num_pairs: Tensor | int = 0
+    num_predicted: int = 0
     num_tokens: int = 0
+    num_attended_pairs: int = 0
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
@@ -34,66 +40,98 @@ class Sums:
     @classmethod
     def of(cls, losses: Losses, batch: MicroBatch) -> Sums:
         """Those of one batch."""
-        tensors = [loss.detach() for loss in losses]
-        return cls(*tensors, batch.num_masked, batch.num_pairs, batch.num_tokens)  # type: ignore[arg-type, call-arg]
+        return cls(
+            *(loss.detach() for loss in losses),
+            num_masked=batch.num_masked,
+            num_pairs=batch.num_pairs,
+            num_predicted=batch.num_masked,
+            num_tokens=batch.num_tokens,
+            num_attended_pairs=batch.num_attended_pairs,
+        )
+
+    def where(self, applied: Tensor) -> Sums:
+        """These sums, or for a step that was not applied none of its losses; without waiting for the device."""
+        losses: dict[str, Any] = {
+            name: torch.where(applied, getattr(self, name), 0.0)
+            for name in ("masked_lm", "pair", "masked_lm_correct", "pair_correct")
+        }
+        return replace(self, **losses, num_masked=applied * self.num_masked, num_pairs=applied * self.num_pairs)
 
     def means(self) -> dict[str, float]:
-        """Losses in nats per masked token and per pair, and the shares predicted right; nothing of what was not there.
-
-        `loss` is their sum, the quantity that is minimised.
+        """Losses in nats per predicted token and per pair, and the shares predicted right; nothing of what was not
+        there. `loss` is their sum, the quantity that is minimised. Waits for the device.
         """
-        means = {"loss": 0.0}
-        if self.num_masked:
-            means["masked_lm_loss"] = float(self.masked_lm) / self.num_masked
-            means["masked_lm_accuracy"] = float(self.masked_lm_correct) / self.num_masked
-        if self.num_pairs:
-            means["pair_loss"] = float(self.pair) / self.num_pairs
-            means["pair_accuracy"] = float(self.pair_correct) / self.num_pairs
-        means["loss"] = means.get("masked_lm_loss", 0.0) + means.get("pair_loss", 0.0)
-        return means
+        num_masked, num_pairs = int(self.num_masked), int(self.num_pairs)
+        means: dict[str, float] = {}
+        if num_masked:
+            means["masked_lm_loss"] = float(self.masked_lm) / num_masked
+            means["masked_lm_accuracy"] = float(self.masked_lm_correct) / num_masked
+        if num_pairs:
+            means["pair_loss"] = float(self.pair) / num_pairs
+            means["pair_accuracy"] = float(self.pair_correct) / num_pairs
+        if not means:
+            return {}
+        return {"loss": means.get("masked_lm_loss", 0.0) + means.get("pair_loss", 0.0), **means}
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a forward pass computes in `precision`, the weights staying float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+class StepResult(NamedTuple):
+    """What a step saw, and what became of it; the tensors are 0-dimensional and stay on the device.
+
+    sums: without the losses of a step that was not applied.
+    gradient_norm: over all parameters, before clipping.
+    applied: bool; False where the loss or the norm was not finite, and parameters and optimizer are as before.
+    """
+
+    sums: Sums
+    gradient_norm: Tensor
+    applied: Tensor
 
 
 def train_step(
-    model: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[MicroBatch],
-    device: torch.device,
     *,
-    precision: str,
     clip_norm: float,
-) -> tuple[Sums, Tensor]:
-    """Updates the model once.
+) -> StepResult:
+    """Updates the model once, unless the loss or a gradient is not finite. Never waits for the device.
 
-    The gradient is that of the masked-LM loss per masked token plus the pair loss per pair over all `micro_batches`
-    together, clipped to `clip_norm` (norm over all parameters).
-
-    Returns:
-        what was seen, and the gradient's norm before clipping (0-dimensional).
+    The gradient is that of the loss per predicted token plus the pair loss per pair over all `micro_batches` together,
+    clipped to `clip_norm` (norm over all parameters). The optimizer is one of PyTorch's fused ones.
     """
     num_masked = sum(batch.num_masked for batch in micro_batches)
     num_pairs = sum(batch.num_pairs for batch in micro_batches)
-    sums = Sums()
-    for cpu_batch in micro_batches:
-        batch = cpu_batch.to(device)
-        with autocast(device, precision):
-            losses = pretraining_losses(model, batch)
-        mean_loss(losses, num_masked, num_pairs).backward()  # type: ignore[no-untyped-call]
-        sums = sums.plus(Sums.of(losses, batch))
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
+    sums, total = Sums(), torch.zeros((), device=objective.device)
+    for batch in micro_batches:
+        losses = objective(batch)
+        loss = mean_loss(losses, num_masked, num_pairs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sums, total = sums.plus(Sums.of(losses, batch)), total + loss.detach()
+    norm = nn.utils.get_total_norm(
+        [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
+    )
+    applied = norm.isfinite() & total.isfinite()
+    _update(optimizer, norm, applied, clip_norm)
+    return StepResult(sums.where(applied), norm, applied)
+
+
+def _update(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, clip_norm: float) -> None:
+    """Steps with the gradients divided by max(norm / clip_norm, 1), where `applied`.
+
+    Fused optimizers read both from the two attributes that PyTorch's gradient scaler sets: clipping costs no pass over
+    the gradients of its own, and no host has to know whether the step counts.
+    """
+    scaled: Any = optimizer
+    scaled.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # 1e-6: `torch.nn.utils.clip_grad_norm_`'s
+    scaled.found_inf = (~applied).float()
+    try:
+        optimizer.step()
+    finally:
+        del scaled.grad_scale, scaled.found_inf
     optimizer.zero_grad(set_to_none=True)
-    return sums, norm
 
 
 @torch.no_grad()
-def evaluate_batch(model: nn.Module, cpu_batch: MicroBatch, device: torch.device, *, precision: str) -> Sums:
+def evaluate_batch(objective: Objective, batch: MicroBatch) -> Sums:
     """The losses of one batch, for a model in evaluation mode."""
-    batch = cpu_batch.to(device)
-    with autocast(device, precision):
-        losses = pretraining_losses(model, batch)
-    return Sums.of(losses, batch)
+    return Sums.of(objective(batch), batch)

@@ -1,0 +1,118 @@
+"""How a model is run while it is trained: number type, fused projections, recomputation, compilation.
+
+All of it is put onto a finished model from outside: `model/` knows nothing of it, names and weights stay what they are,
+and so does what is computed, up to rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial, wraps
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from megatron_bert.training.microbatch import FixedShapes
+from megatron_bert.training.objective import Objective, token_losses
+
+__all__ = ["Recompute", "build_objective", "fuse_projections", "recompute_activations", "should_compile"]
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def build_objective(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    precision: str,
+    rows: int,
+    row_tokens: int,
+    recompute: Recompute = "none",
+    compiled: bool = False,
+) -> Objective:
+    """The objective of a model that is on `device` already, ready to be trained.
+
+    Args:
+        rows, row_tokens: of the largest micro-batch; with `compiled`, every one is filled up to them.
+    """
+    if precision == "bfloat16":
+        _residuals_in(torch.bfloat16, model)
+    if device.type == "cuda":
+        fuse_projections(model)
+    recompute_activations(model, "selective" if recompute == "selective" else "none")
+    if compiled:
+        for layer in _layers(model):
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled
+    return Objective(
+        model,
+        device,
+        precision,
+        token_losses=torch.compile(token_losses, dynamic=False) if compiled else token_losses,
+        shapes=FixedShapes(rows, row_tokens) if compiled else None,
+    )
+
+
+def should_compile(wanted: bool | None, device: torch.device) -> bool:
+    """What is wanted; where nothing is said, whether this device gains by it: a GPU with Triton."""
+    if wanted is not None:
+        return wanted
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def recompute_activations(model: nn.Module, what: Recompute) -> None:
+    """Has the backward pass compute activations again instead of keeping them; dropout draws the same numbers twice.
+
+    `selective` is the attention core of Korthikanti et al. 2022 (arXiv 2205.05198, section 5): scores, softmax, its
+    dropout and the product with the values, which are large and cheap. A fused attention kernel does that on its own,
+    and little is left to gain. `full` keeps each layer's input only.
+    """
+    for layer in _layers(model):
+        if what == "selective":
+            attention = layer.attention.self
+            # Not traced: a compiler would have to replay the random numbers of a kernel that it does not know.
+            attention.core = torch.compiler.disable(_recomputed(attention.core))
+        elif what == "full":
+            layer.forward = _recomputed(layer.forward)
+
+
+def fuse_projections(model: nn.Module) -> None:
+    """Computes queries, keys and values in one product, which fills a GPU better than three; the weights stay apart."""
+    for layer in _layers(model):
+        attention = layer.attention.self
+        attention.projections = MethodType(_fused_projections, attention)
+
+
+def _fused_projections(self: Any, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    parts = (self.query, self.key, self.value)
+    weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+    return functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+
+
+def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    return call
+
+
+def _residuals_in(dtype: torch.dtype, model: Any) -> None:
+    """Has the residual stream carried in `dtype` while autocast is on, as a network whose weights are of that type
+    does. Autocast alone leaves it as wide as the embeddings' weights, and twice the bytes go through memory.
+    """
+    model.bert.embeddings.dropout.register_forward_pre_hook(partial(_narrowed, dtype))
+
+
+def _narrowed(dtype: torch.dtype, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states = args[0]
+    return (states.to(dtype) if torch.is_autocast_enabled(states.device.type) else states,)
+
+
+def _layers(model: Any) -> list[Any]:
+    return list(model.bert.encoder.layer)

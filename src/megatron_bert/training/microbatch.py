@@ -1,0 +1,218 @@
+"""A batch on its way to the model: what is predicted where, what lies beside what, and shapes that a compiler can keep.
+
+Legend: B batch, S sequence, M predicted positions of the batch, n sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_bert.data.batches import Batch
+from megatron_bert.data.masking import IGNORED
+from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
+
+__all__ = ["FixedShapes", "MicroBatch"]
+
+
+class FixedLayout:
+    """A `PackedLayout` for compiled layers: its boundaries and its longest sequence have the same size in every batch.
+
+    Not a dataclass: a compiler looks only at the attributes that are used, and so never at `lengths`.
+    """
+
+    def __init__(self, layout: PackedLayout, cu_seq_lens: Tensor, max_length: int) -> None:
+        self.layout, self.cu_seq_lens, self.max_length = layout, cu_seq_lens, max_length
+        self.batch_shape, self.device = layout.batch_shape, cu_seq_lens.device
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the sequences that are not empty, in tokens."""
+        return self.layout.lengths
+
+    @property
+    def side_by_side(self) -> PackedLayout:
+        """See `PackedLayout`."""
+        return replace(self.layout, device=self.device).side_by_side
+
+    @property
+    def side_by_side_mask(self) -> Tensor:
+        """See `PackedLayout`."""
+        return replace(self.layout, device=self.device).side_by_side_mask
+
+    def pack(self, batch_BSx: Tensor) -> Tensor:
+        """(B, S, ...) -> (1, B * S, ...)."""
+        return batch_BSx.flatten(0, 1)[None]
+
+    def unpack(self, packed_1Tx: Tensor) -> Tensor:
+        """(1, B * S, ...) -> (B, S, ...)."""
+        return packed_1Tx.view(*self.batch_shape, *packed_1Tx.shape[2:])
+
+
+@dataclass
+class FixedShapes:
+    """Shapes that every batch of a compiled step has, so that nothing is compiled twice.
+
+    A batch with fewer rows (the last of a pass) or shorter ones is filled up with padding. The number of predicted
+    positions and of sequences is rounded up to the largest seen so far and a reserve: a batch that exceeds it, which
+    is rare, is compiled once more. What is filled up never counts.
+
+    Attributes:
+        rows, row_tokens: of every batch.
+    """
+
+    rows: int
+    row_tokens: int
+    _predicted: int = 0
+    _sequences: int = 0
+
+    def predicted(self, number: int) -> int:
+        """Room for the predicted positions of a batch that has `number`."""
+        if number > self._predicted:
+            self._predicted = min(_rounded_up(1.05 * number, 128), max(self.rows * self.row_tokens, number))
+        return self._predicted
+
+    def sequences(self, number: int) -> int:
+        """Room for the sequences of a batch that has `number`."""
+        if number > self._sequences:
+            self._sequences = _rounded_up(1.25 * number, 64)
+        return self._sequences
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A batch as the objective takes it; the numbers are known without asking the device.
+
+    Attributes:
+        inputs: arguments of `MegatronBertModel`: input_ids, token_type_ids; position_ids and cu_seq_lens_q where packed.
+        layout: where the real tokens lie; None where every row is full.
+        positions: int64 [M], the predicted positions in the flattened [B * S].
+        targets: int64 [M], the tokens there; IGNORED where M was filled up.
+        pair_labels: int64 [B], packed [n]; IGNORED for a row without a pair; None where there are no pairs at all.
+        num_attended_pairs: the sum of the squared lengths of real sequences: for counting FLOPs.
+    """
+
+    inputs: dict[str, Tensor]
+    layout: PackedLayout | FixedLayout | None
+    positions: Tensor
+    targets: Tensor
+    pair_labels: Tensor | None
+    num_masked: int
+    num_pairs: int
+    num_tokens: int
+    num_attended_pairs: int
+
+    @classmethod
+    def of(cls, batch: Batch, shapes: FixedShapes | None = None) -> Self:
+        """From a collated batch in the CPU's memory, padded or packed; with `shapes`, filled up to them."""
+        if shapes is not None and "cu_seq_lens" not in batch:
+            batch = _as_packed(batch, shapes)
+        labels, pairs = batch["labels"].flatten(), batch.get("next_sentence_label")
+        positions = (labels != IGNORED).nonzero(as_tuple=True)[0]
+        targets, num_masked = labels[positions], len(positions)
+        lengths = _real_lengths(batch)
+        inputs = {name: batch[name] for name in ("input_ids", "token_type_ids")}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        num_pairs = 0 if pairs is None else int((pairs != IGNORED).sum())
+        if shapes is not None:
+            room = shapes.predicted(num_masked) - num_masked
+            positions = functional.pad(positions, (0, room))
+            targets = functional.pad(targets, (0, room), value=IGNORED)
+        layout: PackedLayout | FixedLayout | None = layout_of_padding(batch.get("attention_mask"))
+        if "cu_seq_lens" in batch:
+            layout, boundaries = _packed_layout(batch, shapes)
+            inputs["cu_seq_lens_q"] = boundaries
+            if pairs is not None:
+                pairs = functional.pad(pairs, (0, len(boundaries) - 1 - len(pairs)), value=IGNORED)
+        return cls(
+            inputs=inputs,
+            layout=layout,
+            positions=positions,
+            targets=targets,
+            pair_labels=pairs,
+            num_masked=num_masked,
+            num_pairs=num_pairs,
+            num_tokens=int(lengths.sum()),
+            num_attended_pairs=int(lengths.square().sum()),
+        )
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`; the host does not wait for it."""
+        inputs = {name: _moved(value, device) for name, value in self.inputs.items()}
+        changes: dict[str, Any] = {
+            name: _moved(value, device)
+            for name, value in (("positions", self.positions), ("targets", self.targets), ("pairs", self.pair_labels))
+            if value is not None
+        }
+        changes["pair_labels"] = changes.pop("pairs", None)
+        layout = self.layout
+        if isinstance(layout, FixedLayout):
+            layout = FixedLayout(layout.layout, inputs["cu_seq_lens_q"], layout.max_length)
+        elif layout is not None:
+            indices = None if layout.indices_T is None else _moved(layout.indices_T, device)
+            layout = replace(layout, device=device, indices_T=indices)
+        return replace(self, inputs=inputs, layout=layout, **changes)
+
+
+def _real_lengths(batch: Batch) -> Tensor:
+    """int64: the lengths of the sequences that are no padding: of a packed row's, those that predict something."""
+    if "cu_seq_lens" not in batch:
+        if "attention_mask" in batch:
+            return batch["attention_mask"].sum(-1)
+        rows, columns = batch["input_ids"].shape
+        return torch.full((rows,), columns)
+    boundaries = batch["cu_seq_lens"].long()
+    predicted = functional.pad((batch["labels"].flatten() != IGNORED).cumsum(0), (1, 0))
+    return boundaries.diff() * (predicted[boundaries].diff() > 0)
+
+
+def _packed_layout(batch: Batch, shapes: FixedShapes | None) -> tuple[PackedLayout | FixedLayout, Tensor]:
+    """The layout of a packed batch, and its boundaries (with `shapes`, empty sequences fill them up)."""
+    boundaries, (rows, columns) = batch["cu_seq_lens"], batch["input_ids"].shape
+    layout = layout_of_boundaries(boundaries, (rows, columns))
+    if shapes is None:
+        return layout, boundaries
+    room = shapes.sequences(len(boundaries) - 1) + 1 - len(boundaries)
+    filled = torch.cat([boundaries, boundaries[-1:].expand(room)])
+    return FixedLayout(layout, filled, columns), filled
+
+
+def _as_packed(batch: Batch, shapes: FixedShapes) -> Batch:
+    """A padded batch as packed rows of the fixed shape: each row's padding becomes a sequence of its own.
+
+    What a packed batch's shape depends on then no longer depends on the rows' lengths, at the price of computing
+    padding.
+    """
+    rows, columns = batch["input_ids"].shape
+    shape = (max(shapes.rows, rows), max(shapes.row_tokens, columns))
+    margins = (0, shape[1] - columns, 0, shape[0] - rows)
+    lengths = functional.pad(_real_lengths(batch), (0, shape[0] - rows))
+    ends = torch.arange(1, shape[0] + 1) * shape[1]
+    boundaries = torch.stack([ends - shape[1] + lengths, ends], dim=1).flatten()
+    packed = {
+        "input_ids": functional.pad(batch["input_ids"], margins),
+        "token_type_ids": functional.pad(batch["token_type_ids"], margins),
+        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
+        "labels": functional.pad(batch["labels"], margins, value=IGNORED),
+        "cu_seq_lens": functional.pad(boundaries, (1, 0)).int(),
+    }
+    if (pairs := batch.get("next_sentence_label")) is not None:
+        filled = functional.pad(pairs, (0, shape[0] - rows), value=IGNORED)
+        packed["next_sentence_label"] = torch.stack([filled, torch.full_like(filled, IGNORED)], dim=1).flatten()
+    return packed
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, through page-locked memory where the device has its own, so that the host need not wait."""
+    if device.type == "cuda" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+def _rounded_up(value: float, multiple: int) -> int:
+    return -(-int(value + 0.999) // multiple) * multiple
