@@ -26,11 +26,13 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     required: tuple[str, ...] = (),
+    **changes: Any,
 ) -> Model:
     """The model in a folder, or of that name on the hub, ready to predict (evaluation mode, on the CPU).
 
     ``required`` lists the beginnings of weight names without which the model is of no use to the caller. Other weights
     that the checkpoint lacks are initialised and those it has too many ignored, with a line in the log each.
+    ``changes`` are fields of the configuration that are to differ from the checkpoint's.
 
     Raises ``UserError`` for what ``check_folder`` finds (before the weights are read), a checkpoint that lacks what is
     required, and a model that the hub does not have or cannot be asked for. A folder never asks the network.
@@ -41,7 +43,7 @@ def load_model(
         check_model(where)
     else:
         _check_required(required, set(check_folder(source)), where)
-    model, info = _from_pretrained(model_class, where, dtype=dtype, local_files_only=source is not None)
+    model, info = _from_pretrained(model_class, where, dtype=dtype, local_files_only=source is not None, **changes)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(required)) if required else []
     if missing:
         raise UserError(f"{where} lacks {missing[0]}, without which it cannot do this")

@@ -7,16 +7,17 @@ computed: with dropout off, any two settings of it give the same losses and weig
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from megatron_bert.errors import UserError
 
 __all__ = [
+    "SIZES",
     "DataSection",
     "ModelSection",
     "ObjectiveSection",
@@ -24,8 +25,22 @@ __all__ = [
     "PretrainConfiguration",
     "RuntimeSection",
     "TrainingSection",
+    "WeightedCorpus",
     "load_configuration",
 ]
+
+
+_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+# What a checkpoint that a run starts from decides.
+_FROM_CHECKPOINT = (*_SHAPE, "intermediate_size", "max_position_embeddings", "initializer_range", "vocabulary_multiple")
+
+# Hidden size, layers, heads: arXiv 1909.08053, table 6, whose 336M is published as 345m; 8.9b is GatorTron-large's.
+SIZES = {
+    "345m": (1024, 24, 16),
+    "1.3b": (2048, 24, 32),
+    "3.9b": (2560, 48, 40),
+    "8.9b": (3584, 56, 56),
+}
 
 
 class _Section(BaseModel):
@@ -33,11 +48,13 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """The network, in the words of `MegatronBertConfig`."""
+    """The network, in the words of `MegatronBertConfig`: a known size, numbers, or a checkpoint to start from."""
 
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
+    size: str | None = None  # one of SIZES, which gives the numbers below that are left out
+    start_from: Path | None = None  # a Transformers folder: its weights and its shape, nothing of which is given here
+    hidden_size: int | None = Field(None, gt=0)
+    num_hidden_layers: int | None = Field(None, gt=0)
+    num_attention_heads: int | None = Field(None, gt=0)
     intermediate_size: int | None = Field(None, gt=0)  # default: 4 * hidden_size, the paper's
     max_position_embeddings: int = Field(512, gt=0)
     hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
@@ -45,24 +62,82 @@ class ModelSection(_Section):
     initializer_range: float = Field(0.02, gt=0)
     vocabulary_multiple: int = Field(128, gt=0)  # the embedding has the tokenizer's entries, rounded up to this
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_size(cls, values: Any) -> Any:
+        size = values.get("size") if isinstance(values, dict) else None
+        if size is None:
+            return values
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not known{_close(str(size), SIZES)} (known: {', '.join(SIZES)})")
+        shape = dict(zip(_SHAPE, SIZES[size], strict=True))
+        return {**values, **{name: value for name, value in shape.items() if values.get(name) is None}}
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.start_from is not None:
+            given = [name for name in ("size", *_FROM_CHECKPOINT) if name in self.model_fields_set and
+                     getattr(self, name) != type(self).model_fields[name].default]  # fmt: skip
+            if given:
+                raise ValueError(f"start_from takes the shape from the checkpoint, so leave out {', '.join(given)}")
+            return self
+        missing = [name for name in _SHAPE if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing: give a size ({', '.join(SIZES)}), numbers, or start_from")
+        if self.hidden_size and self.num_attention_heads and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+
+class WeightedCorpus(_Section):
+    """One corpus of a blend."""
+
+    prefix: Path  # of its token file
+    weight: float = Field(gt=0, allow_inf_nan=False)  # its share of the samples is this by the sum of all weights
+
+
+def _shape_of_tokens(value: Any) -> str:
+    return "blend" if isinstance(value, list | tuple) else "prefix"
+
 
 class DataSection(_Section):
     """The text and how rows are cut from it."""
 
-    tokens: Path  # PREFIX of the token file, the --output of `megatron-bert preprocess`
+    # PREFIX of the token file, the --output of `megatron-bert preprocess`; or a list of {prefix, weight}
+    tokens: Annotated[
+        Annotated[Path, Tag("prefix")] | Annotated[list[WeightedCorpus], Field(min_length=1), Tag("blend")],
+        Discriminator(_shape_of_tokens),
+    ]
     tokenizer: Path  # folder of the tokenizer that made it
     validation: Path | None = None  # PREFIX of a token file to validate on; otherwise a share is held out
-    validation_share: float = Field(0.01, ge=0, lt=1)  # of the tokens, in whole documents
+    validation_share: float = Field(0.01, ge=0, lt=1)  # of each corpus' tokens, in whole documents
     row_tokens: int = Field(512, ge=8)  # longest row, special tokens included
-    short_share: float = Field(0.1, ge=0, le=1)  # of the samples: target length drawn from 2 to row_tokens
+    short_share: float = Field(0.1, ge=0, le=1)  # of the masked objective's samples: target length drawn from 2 on
+
+    @property
+    def corpora(self) -> list[WeightedCorpus]:
+        """The token files to train on."""
+        return [WeightedCorpus(prefix=self.tokens, weight=1.0)] if isinstance(self.tokens, Path) else self.tokens
 
 
 class ObjectiveSection(_Section):
-    """What the model has to predict."""
+    """What the model has to predict: masked tokens and how a pair of segments belongs together, or the next token."""
 
+    kind: Literal["masked", "causal"] = "masked"
     mask_share: float = Field(0.15, gt=0, lt=1)  # of the tokens
     max_masked_words: int = Field(3, ge=1)  # longest run of words masked together; n words with p ~ 1/n
-    pair: Literal["sentence-order", "none"] = "sentence-order"
+    chinese_segmenter: Literal["none", "jieba"] = "none"  # jieba: Chinese words of several characters are masked whole
+    pair: Literal["sentence-order", "next-sentence", "none"] = "sentence-order"
+
+    @model_validator(mode="after")
+    def _causal_has_no_masks(self) -> Self:
+        if self.kind == "causal":
+            for name, field in type(self).model_fields.items():
+                if name != "kind" and getattr(self, name) != field.default:
+                    raise ValueError(f"kind=causal has neither masks nor pairs; leave {name} out")
+        return self
 
 
 class OptimizerSection(_Section):
@@ -74,13 +149,15 @@ class OptimizerSection(_Section):
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)  # of the gradient of all parameters together
+    schedule: Literal["linear", "cosine"] = "linear"  # how the rate falls from the warm-up's end to the last step
+    final_share: float = Field(0.0, ge=0, le=1)  # of the learning rate: what it falls to
 
 
 class TrainingSection(_Section):
     """How long, how much at a time, from which seed."""
 
     steps: int = Field(gt=0)
-    warmup_steps: int = Field(0, ge=0)  # linear from 0; after it linear to 0 at the last step
+    warmup_steps: int = Field(0, ge=0)  # linear from 0
     batch_samples: int = Field(gt=0)  # of one step, over all ranks
     seed: int = Field(1234, ge=0, lt=2**63)
     precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
@@ -97,7 +174,11 @@ class RuntimeSection(_Section):
 
     device: str = "auto"  # cuda where there is one, else cpu
     micro_batch_samples: int | None = Field(None, gt=0)  # of one forward pass; default: the whole batch
+    packing: bool = False  # several samples in a row; micro_batch_samples is then the most rows of a forward pass
     num_workers: int = Field(0, ge=0)  # processes that make samples; 0: this one
+    compile: bool | None = None  # layers and head by torch.compile; default: on a GPU
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
+    tensorboard: bool = False  # event files beside the metrics
     log_every_steps: int = Field(10, gt=0)
     evaluate_every_steps: int = Field(200, gt=0)
     checkpoint_every_steps: int = Field(1000, gt=0)  # besides at the end and when stopped
@@ -118,16 +199,13 @@ class PretrainConfiguration(_Section):
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
-        if self.model.hidden_size % self.model.num_attention_heads:
-            raise ValueError(
-                f"model.hidden_size {self.model.hidden_size} is not a multiple of "
-                f"model.num_attention_heads {self.model.num_attention_heads}"
-            )
-        if self.data.row_tokens > self.model.max_position_embeddings:
+        if self.model.start_from is None and self.data.row_tokens > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.row_tokens {self.data.row_tokens} is more than the model's "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if self.runtime.packing and self.objective.kind == "causal":
+            raise ValueError("runtime.packing: rows of the causal objective are always full; leave it out")
         return self
 
     def as_yaml(self) -> str:
@@ -200,6 +278,12 @@ def _nearest(path: list[str]) -> str:
     if found:
         return f" (did you mean {everywhere[found[0]]}?)"
     return f" (known here: {', '.join(own)})"
+
+
+def _close(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)``, or nothing where nothing is similar."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _sections() -> dict[str, list[str]]:

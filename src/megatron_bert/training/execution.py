@@ -76,7 +76,7 @@ def recompute_activations(model: nn.Module, what: Recompute) -> None:
         if what == "selective":
             attention = layer.attention.self
             # Not traced: a compiler would have to replay the random numbers of a kernel that it does not know.
-            attention.core = torch.compiler.disable(_recomputed(attention.core))
+            attention.core = torch.compiler.disable(_recomputed(attention.core))  # type: ignore[no-untyped-call]
         elif what == "full":
             layer.forward = _recomputed(layer.forward)
 

@@ -88,7 +88,7 @@ class MicroBatch:
     """A batch as the objective takes it; the numbers are known without asking the device.
 
     Attributes:
-        inputs: arguments of `MegatronBertModel`: input_ids, token_type_ids; position_ids and cu_seq_lens_q where packed.
+        inputs: arguments of `MegatronBertModel`: input_ids, token_type_ids; packed position_ids and cu_seq_lens_q.
         layout: where the real tokens lie; None where every row is full.
         positions: int64 [M], the predicted positions in the flattened [B * S].
         targets: int64 [M], the tokens there; IGNORED where M was filled up.

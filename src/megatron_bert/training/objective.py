@@ -2,9 +2,9 @@
 
 Legend: B batch, S sequence, n sequences, M predicted positions of the batch, D hidden, V vocabulary.
 
-The vocabulary projection, the largest multiplication of a small model, is done at the M predicted positions only. Losses
-are sums; whoever adds up micro-batches or ranks divides by the global number of terms, so that how a batch is laid out
-never changes it.
+The vocabulary projection, the largest multiplication of a small model, is done at the M predicted positions only.
+Losses are sums; whoever adds up micro-batches or ranks divides by the global number of terms, so that how a batch is
+laid out never changes it.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class Objective:
         pair_loss = pair_correct = torch.zeros((), device=self.device)
         if batch.pair_labels is not None:
             pair_logits = parts.cls.seq_relationship(output.pooler_output).float()
-            pair_loss = functional.cross_entropy(
-                pair_logits, batch.pair_labels, ignore_index=IGNORED, reduction="sum"
-            )
+            pair_loss = functional.cross_entropy(pair_logits, batch.pair_labels, ignore_index=IGNORED, reduction="sum")
             pair_correct = (pair_logits.detach().argmax(-1) == batch.pair_labels).sum().float()
         return Losses(loss, pair_loss, correct, pair_correct)
 

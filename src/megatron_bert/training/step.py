@@ -41,7 +41,10 @@ class Sums:
     def of(cls, losses: Losses, batch: MicroBatch) -> Sums:
         """Those of one batch."""
         return cls(
-            *(loss.detach() for loss in losses),
+            masked_lm=losses.masked_lm.detach(),
+            pair=losses.pair.detach(),
+            masked_lm_correct=losses.masked_lm_correct,
+            pair_correct=losses.pair_correct,
             num_masked=batch.num_masked,
             num_pairs=batch.num_pairs,
             num_predicted=batch.num_masked,
