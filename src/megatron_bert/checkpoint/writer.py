@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +79,20 @@ class CheckpointWriter:
             self._thread.shutdown()
             self._stager.close()
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Copies the snapshot and begins to write it; what a write before it said is in the log."""
+    def save(self, snapshot: Snapshot, first: Callable[[], None] | None = None) -> None:
+        """Copies the snapshot and begins to write it; what became of the one before it is in the log.
+
+        Args:
+            first: writes what has to be on the disk before this checkpoint; where it raises OSError there will be none.
+        """
         self.wait()
+        try:
+            if first:
+                first()
+        except OSError as error:
+            self._pending = Future()
+            self._pending.set_result(_reported(snapshot.step, error))
+            return
         tensors = self._stager.stage(dict(snapshot.tensors))
         assert isinstance(tensors, dict)
         copied = Snapshot(snapshot.step, tensors, snapshot.state, snapshot.streams)
@@ -103,12 +114,7 @@ class CheckpointWriter:
             sync(target.parent)
             self._prune(snapshot.step)
         except OSError as error:
-            log.warning(
-                "the checkpoint of step %d could not be written (%s); the ones before it are as good as ever",
-                snapshot.step,
-                error.strerror or error,
-            )
-            return error
+            return _reported(snapshot.step, error)
         return None
 
     def _prune(self, newest: int) -> None:
@@ -117,6 +123,14 @@ class CheckpointWriter:
         for path in list_checkpoints(self._run):
             if path not in kept:
                 shutil.rmtree(path)
+
+
+def _reported(step: int, error: OSError) -> OSError:
+    reason = error.strerror or error
+    log.warning(
+        "the checkpoint of step %d could not be written (%s); those before it are as good as ever", step, reason
+    )
+    return error
 
 
 def remove_unfinished(run: Path) -> None:

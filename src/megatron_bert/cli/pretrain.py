@@ -1,4 +1,7 @@
-"""Train a model from a recipe. The run's folder gets metrics.jsonl, the resolved recipe.yaml and model/."""
+"""Train a model from a recipe. The run's folder gets metrics.jsonl, the resolved recipe.yaml, checkpoints/ and model/.
+
+The same command goes on with a run that was stopped or killed.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value; may be repeated"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that is already in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="start over where the output folder holds a run")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="SECTION.KEY",
+        help="go on although this value of the run's recipe was changed; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, without a bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and prints where the model is."""
+    """Trains and prints where the model is, or how to go on."""
     from megatron_bert.training.configuration import load_configuration
 
     configuration = load_configuration(args.recipe, args.set)
@@ -28,10 +35,19 @@ def run(args: argparse.Namespace) -> int:
     from megatron_bert.training.pretrain import pretrain
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar, and it is ours
-    outcome = pretrain(configuration, overwrite=args.overwrite, progress=not args.json)
+    outcome = pretrain(configuration, overwrite=args.overwrite, allow=args.allow, progress=not args.json)
     if args.json:
-        record = {"model": str(outcome.model), "metrics": str(outcome.metrics), "validation": outcome.validation}
+        record = {
+            "step": outcome.step,
+            "stopped_by": outcome.stopped_by,
+            "model": str(outcome.model) if outcome.model else None,
+            "metrics": str(outcome.metrics),
+            "validation": outcome.validation,
+        }
         print(json.dumps(record))
+    elif outcome.stopped_by:
+        done = f"step {outcome.step} of {outcome.steps}"
+        print(f"stopped  by {outcome.stopped_by} after {done}; the same command goes on from there")
     else:
         print(f"model    {outcome.model}\nmetrics  {outcome.metrics}")
     return 0

@@ -1,20 +1,21 @@
-"""The loop: steps, records, evaluations. It wires nothing and knows no files."""
+"""The loop: steps, records, evaluations, checkpoints. It wires nothing and knows no files."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor
 
 from megatron_bert.data.batches import Batch, StepBatches
 from megatron_bert.training.configuration import PretrainConfiguration
 from megatron_bert.training.metrics import MetricsSink
-from megatron_bert.training.objective import MicroBatch
+from megatron_bert.training.objective import Objective
 from megatron_bert.training.schedule import learning_rate_share, set_learning_rate
+from megatron_bert.training.skipped import NotFinite, SkippedSteps
+from megatron_bert.training.state import TrainState, Window
 from megatron_bert.training.step import Sums, evaluate_batch, train_step
+from megatron_bert.training.streams import streams_kept
 
 __all__ = ["Run", "evaluate", "train"]
 
@@ -24,57 +25,92 @@ class Run:
     """What the loop drives.
 
     Attributes:
-        steps: this rank's batches, step after step, without end.
+        state: where the run stands; the loop moves it on.
+        objective: of the state's model.
+        steps: from the state's position on, without end.
         validation: makes a fresh pass over the held-out samples, or None.
+        save: keeps the state as it is when called.
+        stop_requested: whether somebody wants the run to stop.
     """
 
     configuration: PretrainConfiguration
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    device: torch.device
+    state: TrainState
+    objective: Objective
     steps: Iterator[StepBatches]
     validation: Callable[[], Iterator[Batch]] | None
+    save: Callable[[], None]
+    stop_requested: Callable[[], bool]
 
 
-def train(run: Run, sink: MetricsSink) -> dict[str, float]:
-    """Trains for the configured steps and returns the last validation's means (empty without validation)."""
-    training, runtime = run.configuration.training, run.configuration.runtime
-    run.model.train()
-    seen, since, last = Sums(), time.perf_counter(), {}
-    for step in range(training.steps):
-        share = learning_rate_share(step, training.warmup_steps, training.steps)
-        learning_rate = share * run.configuration.optimizer.learning_rate
-        set_learning_rate(run.optimizer, learning_rate)
-        batches = [MicroBatch.of(batch) for batch in next(run.steps).micro_batches]
-        sums, norm = train_step(
-            run.model, run.optimizer, batches, run.device,
-            precision=training.precision, clip_norm=run.configuration.optimizer.clip_norm,
-        )  # fmt: skip
-        seen = seen.plus(sums)
-        sink.step_done()
-        done, final = step + 1, step + 1 == training.steps
-        if done % runtime.log_every_steps == 0 or final:
-            means = seen.means()  # waits for the device, so the time below is honest
-            seconds = time.perf_counter() - since
-            rates = {"tokens_per_second": seen.num_tokens / seconds, "seconds": seconds}
-            sink.training(done, {**means, "learning_rate": learning_rate, "gradient_norm": float(norm), **rates})
-            seen, since = Sums(), time.perf_counter()
-        if run.validation and (done % runtime.evaluate_every_steps == 0 or final):
-            before = time.perf_counter()
-            last = evaluate(run)
-            sink.validation(done, last)
-            since += time.perf_counter() - before
-    return last
+def train(run: Run, sink: MetricsSink) -> None:
+    """Trains until the configured number of steps is done or somebody wants to stop, and saves what was reached.
+
+    What is recorded of a step is recorded before its checkpoint, so that a run that goes on from there lacks nothing.
+
+    Raises:
+        NotFinite: `runtime.stop_after_skipped_steps` steps in a row were not applied; the state is saved.
+    """
+    state, training, runtime = run.state, run.configuration.training, run.configuration.runtime
+    skipped = SkippedSteps(state, sink, runtime.stop_after_skipped_steps)
+    saved = state.step
+    state.model.train()
+    try:
+        while state.step < training.steps and not run.stop_requested():
+            learning_rate, norm = _step(run, skipped)
+            sink.step_done()
+            final = state.step == training.steps
+            if state.step % runtime.log_every_steps == 0 or final:
+                skipped.count()
+                _record(state, sink, learning_rate, norm)
+            if run.validation and (state.step % runtime.evaluate_every_steps == 0 or final):
+                with state.window.paused():
+                    state.validation = evaluate(run)
+                sink.validation(state.step, state.validation)
+            if state.step % runtime.checkpoint_every_steps == 0:
+                skipped.count()
+                run.save()
+                saved = state.step
+        skipped.count()
+    except NotFinite:
+        run.save()
+        raise
+    if state.step != saved:
+        run.save()
+
+
+def _step(run: Run, skipped: SkippedSteps) -> tuple[float, Tensor]:
+    """One step; returns its learning rate and its gradient's norm before clipping."""
+    state, training, optimizer = run.state, run.configuration.training, run.configuration.optimizer
+    share = learning_rate_share(state.step, training.warmup_steps, training.steps)
+    set_learning_rate(state.optimizer, share * optimizer.learning_rate)
+    batches = next(run.steps)
+    micro_batches = [run.objective.micro_batch(batch) for batch in batches.micro_batches]
+    sums, norm, applied = train_step(run.objective, state.optimizer, micro_batches, clip_norm=optimizer.clip_norm)
+    state.step, state.position = state.step + 1, batches.next
+    state.window.sums = state.window.sums.plus(sums)
+    skipped.add(state.step, applied, batches.keys)
+    return share * optimizer.learning_rate, norm
+
+
+def _record(state: TrainState, sink: MetricsSink, learning_rate: float, norm: Tensor) -> None:
+    """Hands the window's numbers over and begins a new window."""
+    means = state.window.sums.means()  # waits for the device, so the time below is honest
+    seconds = state.window.seconds
+    rates = {"tokens_per_second": state.window.sums.num_tokens / seconds, "seconds": seconds}
+    if state.skipped:
+        rates["skipped_steps"] = state.skipped
+    if means:  # there are none where every step was skipped
+        sink.training(state.step, {**means, "learning_rate": learning_rate, "gradient_norm": float(norm), **rates})
+    state.window = Window()
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """The means over all held-out samples, with the same masks each time."""
+    """The means over all held-out samples, with the same masks each time; no random stream moves."""
     assert run.validation is not None
-    run.model.eval()
-    sums = Sums()
-    for batch in run.validation():
-        sums = sums.plus(
-            evaluate_batch(run.model, MicroBatch.of(batch), run.device, precision=run.configuration.training.precision)
-        )
-    run.model.train()
+    state, sums = run.state, Sums()
+    state.model.eval()
+    with streams_kept(state.device):
+        for batch in run.validation():
+            sums = sums.plus(evaluate_batch(run.objective, run.objective.micro_batch(batch)))
+    state.model.train()
     return sums.means()

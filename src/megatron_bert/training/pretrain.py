@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bert.data.batches import BatchLayout, Position
+from megatron_bert.checkpoint.native import checkpoints_folder, list_checkpoints, newest_good, read_state
+from megatron_bert.checkpoint.writer import CheckpointWriter, remove_unfinished
+from megatron_bert.data.batches import BatchLayout
 from megatron_bert.data.files import written_aside
 from megatron_bert.data.tokenization import load_tokenizer
+from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.training.configuration import ModelSection, PretrainConfiguration
 from megatron_bert.training.corpus import Corpus, open_corpus
+from megatron_bert.training.execution import build_objective
 from megatron_bert.training.export import write_model_folder
 from megatron_bert.training.initialization import scale_residual_projections
+from megatron_bert.training.lock import run_locked
 from megatron_bert.training.loop import Run, train
 from megatron_bert.training.metrics import MetricsSink
 from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.resume import refuse_changes, run_identity
+from megatron_bert.training.skipped import NotFinite
+from megatron_bert.training.state import TrainState, restore, snapshot
+from megatron_bert.training.stop import StopSignals
 
 __all__ = ["Outcome", "build_model", "pretrain"]
 
@@ -29,39 +41,61 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves: the model's folder, the metrics file, and the last validation's means."""
+    """What a run left.
 
-    model: Path
+    Attributes:
+        step, steps: done, of how many.
+        stopped_by: the signal that ended it before its last step; None where it is finished.
+        model: the model's folder, where it is finished.
+        validation: the last validation's means.
+    """
+
+    step: int
+    steps: int
+    stopped_by: str | None
+    model: Path | None
     metrics: Path
     validation: dict[str, float]
 
 
-def pretrain(configuration: PretrainConfiguration, *, overwrite: bool = False, progress: bool = False) -> Outcome:
-    """Trains a fresh model; leaves `output`/model (for Transformers), `output`/metrics.jsonl and the resolved recipe.
+def pretrain(
+    configuration: PretrainConfiguration, *, overwrite: bool = False, allow: Sequence[str] = (), progress: bool = False
+) -> Outcome:
+    """Trains a model, or goes on with the run that is in the output folder, from its newest good checkpoint. Leaves
+    `output`/model (for Transformers), metrics.jsonl, checkpoints/ and the resolved recipe.yaml.
+
+    SIGTERM and SIGINT end it after the step at hand, which is saved.
+
+    Args:
+        overwrite: begin anew where there is a run.
+        allow: dotted keys that may differ from the run's recipe, see `resume`.
 
     Raises:
-        UserError: the output exists, the data is missing, damaged or made with another vocabulary, or nothing can be
-            trained from it.
+        UserError: the data is missing, damaged or made with another vocabulary, nothing can be trained from it, the run
+            was made with another recipe, all its checkpoints are damaged, another process is at it, or too many steps
+            in a row were not finite.
         OSError: what the file system says.
     """
-    folder = configuration.output
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and not overwrite:
-        raise UserError(f"{folder} holds a run already; choose another output or add --overwrite")
+    folder, steps = configuration.output, configuration.training.steps
     device = _device(configuration.runtime.device)
     tokenizer = load_tokenizer(configuration.data.tokenizer)
     corpus = open_corpus(configuration, tokenizer)
+    identity = run_identity(configuration, fingerprint(tokenizer.backend_tokenizer))
     torch.manual_seed(configuration.training.seed)
     model = build_model(configuration.model, tokenizer)
     model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+    state = TrainState(model, build_optimizer(model, configuration.optimizer), device)
     log.info("%s parameters on %s; %s", f"{model.num_parameters():,}", device, _corpus_line(corpus))
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(folder / "recipe.yaml") as aside:
-        aside.write_text(configuration.as_yaml(), encoding="utf-8")
-    with MetricsSink(metrics, configuration.training.steps, progress=progress) as sink:
-        validation = train(_wire(configuration, model, corpus, device), sink)
-    write_model_folder(model, tokenizer, folder / "model")
-    return Outcome(folder / "model", metrics, validation)
+    with run_locked(folder):
+        _begin(state, configuration, identity, overwrite=overwrite, allow=allow)
+        stopped_by = None
+        if not _is_finished(state, folder, steps):
+            about = {"recipe": configuration.model_dump(mode="json"), "identity": identity}
+            stopped_by = _train(state, configuration, corpus, about, progress=progress)
+            if not stopped_by:
+                write_model_folder(model, tokenizer, folder / "model")
+    trained = None if stopped_by else folder / "model"
+    return Outcome(state.step, steps, stopped_by, trained, folder / "metrics.jsonl", state.validation)
 
 
 def build_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MegatronBertForPreTraining:
@@ -84,19 +118,107 @@ def build_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Me
     return model
 
 
+def _begin(
+    state: TrainState,
+    configuration: PretrainConfiguration,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    allow: Sequence[str],
+) -> None:
+    """Puts the state to where the run in the output folder stands, or makes room for a new one."""
+    folder = configuration.output
+    if overwrite:
+        for left in (checkpoints_folder(folder), folder / "model"):
+            shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(folder)
+    if list_checkpoints(folder):
+        checkpoint = newest_good(folder)
+        changed = refuse_changes(read_state(checkpoint)["identity"], identity, allow, str(checkpoint))
+        restore(state, checkpoint)
+        log.info("going on from %s", checkpoint)
+        for key, difference in changed.items():
+            log.warning("changed from here on: %s %s", key, difference)
+    elif (folder / "model").exists():
+        raise UserError(f"{folder} has a model but no checkpoint to go on from; choose another output or --overwrite")
+    with written_aside(folder / "recipe.yaml") as aside:
+        aside.write_text(configuration.as_yaml(), encoding="utf-8")
+
+
+def _is_finished(state: TrainState, folder: Path, steps: int) -> bool:
+    """Whether nothing is left to do; says so."""
+    if state.step > steps:
+        raise UserError(f"{folder} has done {state.step} steps already, more than training.steps {steps}")
+    if state.step < steps or not (folder / "model").exists():
+        return False
+    log.info(
+        "%s is finished: all %d steps are done; --overwrite starts over, and --set training.steps=N with --allow "
+        "training.steps goes on",
+        folder,
+        steps,
+    )
+    return True
+
+
+def _train(
+    state: TrainState, configuration: PretrainConfiguration, corpus: Corpus, about: Mapping[str, Any], *, progress: bool
+) -> str | None:
+    """Trains until the last step, or until a signal, whose name is returned.
+
+    Raises:
+        UserError: too many steps in a row were not finite, or the state at which a signal stopped could not be saved.
+    """
+    folder, steps = configuration.output, configuration.training.steps
+    with (
+        StopSignals() as stop,
+        MetricsSink(folder / "metrics.jsonl", steps, progress=progress, first_step=state.step) as sink,
+        CheckpointWriter(folder, configuration.runtime.keep_checkpoints) as writer,
+    ):
+
+        def save() -> None:
+            writer.save(snapshot(state, about), first=sink.sync)
+
+        try:
+            train(_wire(configuration, state, corpus, save, lambda: stop.received is not None), sink)
+        except NotFinite as error:
+            raise UserError(
+                f"{error}, so training stopped at step {state.step}: the weights before them are in the newest "
+                f"checkpoint in {checkpoints_folder(folder)}, their samples in {folder / 'metrics.jsonl'}. Lower "
+                f"optimizer.learning_rate (with --allow), or look at the samples"
+            ) from error
+        problem = writer.wait()
+        if problem and state.step < steps:
+            raise UserError(
+                f"stopped after step {state.step}, which could not be saved ({problem.strerror or problem}); make "
+                f"room, and the same command goes on from the checkpoint before it"
+            ) from problem
+        return stop.received if state.step < steps else None
+
+
 def _wire(
-    configuration: PretrainConfiguration, model: MegatronBertForPreTraining, corpus: Corpus, device: torch.device
+    configuration: PretrainConfiguration,
+    state: TrainState,
+    corpus: Corpus,
+    save: Callable[[], None],
+    stop_requested: Callable[[], bool],
 ) -> Run:
-    training, runtime = configuration.training, configuration.runtime
+    training, runtime, device = configuration.training, configuration.runtime, state.device
     micro_samples = min(runtime.micro_batch_samples or training.batch_samples, training.batch_samples)
     layout = BatchLayout(training.batch_samples, micro_samples)
+    objective = build_objective(
+        state.model, device, precision=training.precision, rows=micro_samples, row_tokens=configuration.data.row_tokens
+    )
+    if objective.shapes and state.shapes:
+        objective.shapes = state.shapes
+    state.shapes = objective.shapes
     return Run(
         configuration=configuration,
-        model=model,
-        optimizer=build_optimizer(model, configuration.optimizer),
-        device=device,
-        steps=corpus.steps(layout, Position(), num_workers=runtime.num_workers, pin=device.type == "cuda"),
+        objective=objective,
+        state=state,
+        steps=corpus.steps(layout, state.position, num_workers=runtime.num_workers, pin=device.type == "cuda"),
         validation=corpus.validation_batches(micro_samples),
+        save=save,
+        stop_requested=stop_requested,
     )
 
 

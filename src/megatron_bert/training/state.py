@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_bert.checkpoint.native import MODEL_PREFIX, OPTIMIZER_PREFIX, read
 from megatron_bert.checkpoint.tensors import read_tensors, tensor_shapes
 from megatron_bert.checkpoint.writer import Snapshot
 from megatron_bert.data.batches import Position
+from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.step import Sums
 from megatron_bert.training.streams import random_streams, set_random_streams
 
@@ -72,6 +73,8 @@ class TrainState:
         skipped, skipped_in_a_row: steps that were not applied, in all and since the last one that was.
         window: of the next training record.
         validation: the last validation's means.
+        shapes: what batches are filled up to where the model is compiled; it grows with what was seen, and the order of
+            a sum may depend on it.
     """
 
     model: nn.Module
@@ -83,6 +86,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     window: Window = field(default_factory=Window)
     validation: dict[str, float] = field(default_factory=dict)
+    shapes: FixedShapes | None = None
 
 
 _COUNTERS = ("step", "skipped", "skipped_in_a_row", "validation")
@@ -98,6 +102,7 @@ def snapshot(state: TrainState, about: Mapping[str, Any]) -> Snapshot:
     record = {name: getattr(state, name) for name in _COUNTERS} | {
         "position": state.position.as_dict(),
         "window": state.window.as_dict(),
+        "shapes": asdict(state.shapes) if state.shapes else None,
         "tied": ties,
         "torch": torch.__version__,
         **about,
@@ -124,6 +129,7 @@ def restore(state: TrainState, checkpoint: Path, rank: int = 0) -> None:
         setattr(state, name, record[name])
     state.position = Position.of(record["position"])
     state.window = Window.of(record["window"])
+    state.shapes = FixedShapes(**record["shapes"]) if record["shapes"] else None
     set_random_streams(read_streams(checkpoint, rank), state.device)
 
 
