@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_bert.model import MegatronBertConfig
+from transformers import PreTrainedConfig
 
 __all__ = ["training_flops"]
 
 
-def training_flops(config: MegatronBertConfig, tokens: int, attended_pairs: int, predicted: int) -> float:
+def training_flops(config: PreTrainedConfig, tokens: int, attended_pairs: int, predicted: int) -> float:
     """Model FLOPs of forward and backward passes, multiplications and additions of matrix products counted.
 
     For rows of s tokens, 4h feed-forward units and V words this is 72 B s l h^2 (1 + s / 6h) + 6 M h (V + h): Narayanan
@@ -16,6 +16,7 @@ def training_flops(config: MegatronBertConfig, tokens: int, attended_pairs: int,
     are no useful work and not counted; causal attention is counted whole, as is usual.
 
     Args:
+        config: a `MegatronBertConfig`.
         tokens: real tokens.
         attended_pairs: the sum of the squared lengths of the sequences, in tokens squared.
         predicted: positions that a token is predicted at.

@@ -11,11 +11,12 @@ from megatron_bert.data.batches import Batch, StepBatches
 from megatron_bert.training.configuration import PretrainConfiguration
 from megatron_bert.training.metrics import MetricsSink
 from megatron_bert.training.objective import Objective
-from megatron_bert.training.schedule import learning_rate_share, set_learning_rate
+from megatron_bert.training.schedule import learning_rate, set_learning_rate
 from megatron_bert.training.skipped import NotFinite, SkippedSteps
 from megatron_bert.training.state import TrainState, Window
 from megatron_bert.training.step import Sums, evaluate_batch, train_step
 from megatron_bert.training.streams import streams_kept
+from megatron_bert.training.throughput import Throughput
 
 __all__ = ["Run", "evaluate", "train"]
 
@@ -27,6 +28,7 @@ class Run:
     Attributes:
         state: where the run stands; the loop moves it on.
         objective: of the state's model.
+        throughput: counts what it computes and waits.
         steps: from the state's position on, without end.
         validation: makes a fresh pass over the held-out samples, or None.
         save: keeps the state as it is when called.
@@ -36,6 +38,7 @@ class Run:
     configuration: PretrainConfiguration
     state: TrainState
     objective: Objective
+    throughput: Throughput
     steps: Iterator[StepBatches]
     validation: Callable[[], Iterator[Batch]] | None
     save: Callable[[], None]
@@ -56,12 +59,12 @@ def train(run: Run, sink: MetricsSink) -> None:
     state.model.train()
     try:
         while state.step < training.steps and not run.stop_requested():
-            learning_rate, norm = _step(run, skipped)
+            rate, norm = _step(run, skipped)
             sink.step_done()
             final = state.step == training.steps
             if state.step % runtime.log_every_steps == 0 or final:
                 skipped.count()
-                _record(state, sink, learning_rate, norm)
+                _record(run, sink, rate, norm)
             if run.validation and (state.step % runtime.evaluate_every_steps == 0 or final):
                 with state.window.paused():
                     state.validation = evaluate(run)
@@ -81,26 +84,27 @@ def train(run: Run, sink: MetricsSink) -> None:
 def _step(run: Run, skipped: SkippedSteps) -> tuple[float, Tensor]:
     """One step; returns its learning rate and its gradient's norm before clipping."""
     state, training, optimizer = run.state, run.configuration.training, run.configuration.optimizer
-    share = learning_rate_share(state.step, training.warmup_steps, training.steps)
-    set_learning_rate(state.optimizer, share * optimizer.learning_rate)
-    batches = next(run.steps)
+    rate = learning_rate(state.step, optimizer, training)
+    set_learning_rate(state.optimizer, rate)
+    with run.throughput.waiting_for_data():
+        batches = next(run.steps)
     micro_batches = [run.objective.micro_batch(batch) for batch in batches.micro_batches]
     sums, norm, applied = train_step(run.objective, state.optimizer, micro_batches, clip_norm=optimizer.clip_norm)
     state.step, state.position = state.step + 1, batches.next
     state.window.sums = state.window.sums.plus(sums)
     skipped.add(state.step, applied, batches.keys)
-    return share * optimizer.learning_rate, norm
+    return rate, norm
 
 
-def _record(state: TrainState, sink: MetricsSink, learning_rate: float, norm: Tensor) -> None:
+def _record(run: Run, sink: MetricsSink, rate: float, norm: Tensor) -> None:
     """Hands the window's numbers over and begins a new window."""
+    state = run.state
     means = state.window.sums.means()  # waits for the device, so the time below is honest
-    seconds = state.window.seconds
-    rates = {"tokens_per_second": state.window.sums.num_tokens / seconds, "seconds": seconds}
+    rates = run.throughput.rates(state.window.sums, state.window.seconds)
     if state.skipped:
         rates["skipped_steps"] = state.skipped
     if means:  # there are none where every step was skipped
-        sink.training(state.step, {**means, "learning_rate": learning_rate, "gradient_norm": float(norm), **rates})
+        sink.training(state.step, {**means, "learning_rate": rate, "gradient_norm": float(norm), **rates})
     state.window = Window()
 
 
@@ -108,7 +112,7 @@ def evaluate(run: Run) -> dict[str, float]:
     """The means over all held-out samples, with the same masks each time; no random stream moves."""
     assert run.validation is not None
     state, sums = run.state, Sums()
-    state.model.eval()
+    state.model.train(False)
     with streams_kept(state.device):
         for batch in run.validation():
             sums = sums.plus(evaluate_batch(run.objective, run.objective.micro_batch(batch)))

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON-lines file, and a progress bar on a terminal."""
+"""Where a run's numbers go: a JSON-lines file, a progress bar on a terminal, and TensorBoard if wanted."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
+from megatron_bert.errors import UserError
 from megatron_bert.training.records import RecordFile
 
 __all__ = ["MetricsSink"]
@@ -21,9 +22,22 @@ class MetricsSink:
     Args:
         first_step: of the run where it goes on; records beyond it are removed. 0: the file begins empty.
         progress: show the bar where standard error is a terminal.
+        tensorboard: folder for TensorBoard's event files; None: none are written.
+
+    Raises:
+        UserError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, file: Path, num_steps: int, *, progress: bool, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        file: Path,
+        num_steps: int,
+        *,
+        progress: bool,
+        first_step: int = 0,
+        tensorboard: Path | None = None,
+    ) -> None:
+        self._events = _event_writer(tensorboard, first_step) if tensorboard else None
         self._records = RecordFile(file, first_step)
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", disable=None if progress else True, dynamic_ncols=True
@@ -36,6 +50,8 @@ class MetricsSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
+        if self._events:
+            self._events.close()
         self._records.close()
 
     def step_done(self) -> None:
@@ -44,12 +60,15 @@ class MetricsSink:
 
     def training(self, step: int, record: dict[str, float]) -> None:
         """Numbers of the steps since the last record, `step` of them done."""
-        self._records.append({"kind": "training", "step": step, **record})
-        self._bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s")
+        self._write("training", step, record)
+        shown = [f"loss {record['loss']:.3f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+        if "mfu" in record:
+            shown.append(f"MFU {record['mfu']:.1%}")
+        self._bar.set_postfix_str(", ".join(shown))
 
     def validation(self, step: int, record: dict[str, float]) -> None:
         """Numbers over the held-out documents after `step` steps."""
-        self._records.append({"kind": "validation", "step": step, **record})
+        self._write("validation", step, record)
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         tqdm.write(f"step {step}: validation {values}", file=sys.stderr)
 
@@ -60,3 +79,21 @@ class MetricsSink:
     def sync(self) -> None:
         """Waits until every record is on the disk, or raises the OSError that keeps it from there."""
         self._records.sync()
+
+    def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
+        self._records.append({"kind": kind, "step": step, **record})
+        if self._events:
+            for name, value in record.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _event_writer(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer; events beyond `first_step`, of a run that was killed, are hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # optional, and slow to import
+    except ImportError as error:
+        raise UserError(
+            "runtime.tensorboard: TensorBoard is not installed; install megatron-bert[tensorboard], or leave it out"
+        ) from error
+    writer: Any = SummaryWriter
+    return writer(str(folder), purge_step=first_step + 1 if first_step else None)
