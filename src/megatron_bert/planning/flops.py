@@ -25,4 +25,4 @@ def training_flops(config: PreTrainedConfig, tokens: int, attended_pairs: int, p
     forward_per_token = 8 * hidden**2 + 4 * hidden * feed_forward  # query, key, value, output; and the MLP's two
     forward_per_pair = 4 * hidden  # a score, and its product with a value
     forward = layers * (forward_per_token * tokens + forward_per_pair * attended_pairs)
-    return 3.0 * (forward + 2 * hidden * (config.vocab_size + hidden) * predicted)
+    return float(3 * (forward + 2 * hidden * (config.vocab_size + hidden) * predicted))
