@@ -1,4 +1,4 @@
-"""What a token file holds, as a short text: two files with the same one are the same data, wherever they lie."""
+"""What files hold, as a short text: where it is the same, so is the data, wherever it lies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import BinaryIO
 
 from megatron_bert.data.indexed import files_of
 
-__all__ = ["content_of"]
+__all__ = ["GONE", "content_of", "content_of_model"]
+
+GONE = "gone"
 
 _WHOLE_BYTES = 256 << 20  # up to this a token file is read whole
 _NUM_BLOCKS, _BLOCK_BYTES = 1024, 64 << 10  # of a larger one, evenly spaced
@@ -34,8 +36,27 @@ def content_of(prefix: Path) -> str:
     return digest.hexdigest()
 
 
+def content_of_model(folder: Path) -> str:
+    """A SHA-256 over the names, sizes and evenly spaced blocks of a model's configuration and weights; `GONE` where the
+    folder is no longer there.
+
+    Raises:
+        OSError: what the file system says.
+    """
+    if not folder.is_dir():
+        return GONE
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                _add_blocks(digest, stream, size)
+    return digest.hexdigest()
+
+
 def _add_blocks(digest: hashlib._Hash, stream: BinaryIO, size: int) -> None:
-    last = size - _BLOCK_BYTES
-    for block in range(_NUM_BLOCKS):
+    last = max(size - _BLOCK_BYTES, 0)
+    for block in range(_NUM_BLOCKS if last else 1):
         stream.seek(last * block // (_NUM_BLOCKS - 1))
         digest.update(stream.read(_BLOCK_BYTES))

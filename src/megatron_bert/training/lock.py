@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ log = logging.getLogger(__name__)
 @contextmanager
 def run_locked(folder: Path) -> Iterator[None]:
     """Holds the run in `folder` (made where it is missing) for this process. Its children do not hold it, so that a
-    killed run can be started again at once.
+    killed run can be started again at once. A folder that was made here and that nothing came into is removed.
 
     Raises:
         UserError: another process holds it.
         OSError: what the file system says.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as stream:
         try:
@@ -39,4 +41,8 @@ def run_locked(folder: Path) -> Iterator[None]:
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         stream.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)

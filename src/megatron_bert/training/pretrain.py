@@ -19,22 +19,23 @@ from megatron_bert.data.files import written_aside
 from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
-from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
-from megatron_bert.training.configuration import ModelSection, PretrainConfiguration
+from megatron_bert.model import MegatronBertConfig
+from megatron_bert.training.configuration import PretrainConfiguration
 from megatron_bert.training.corpus import Corpus, open_corpus
-from megatron_bert.training.execution import build_objective
+from megatron_bert.training.execution import build_objective, should_compile
 from megatron_bert.training.export import write_model_folder
-from megatron_bert.training.initialization import scale_residual_projections
 from megatron_bert.training.lock import run_locked
 from megatron_bert.training.loop import Run, train
 from megatron_bert.training.metrics import MetricsSink
+from megatron_bert.training.network import build_network, empty_network
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.resume import refuse_changes, run_identity
 from megatron_bert.training.skipped import NotFinite
 from megatron_bert.training.state import TrainState, restore, snapshot
 from megatron_bert.training.stop import StopSignals
+from megatron_bert.training.throughput import Throughput, measured_flops_per_second
 
-__all__ = ["Outcome", "build_model", "pretrain"]
+__all__ = ["Outcome", "pretrain"]
 
 log = logging.getLogger(__name__)
 
@@ -81,66 +82,70 @@ def pretrain(
     tokenizer = load_tokenizer(configuration.data.tokenizer)
     corpus = open_corpus(configuration, tokenizer)
     identity = run_identity(configuration, fingerprint(tokenizer.backend_tokenizer))
-    torch.manual_seed(configuration.training.seed)
-    model = build_model(configuration.model, tokenizer)
-    model.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
-    state = TrainState(model, build_optimizer(model, configuration.optimizer), device)
-    log.info("%s parameters on %s; %s", f"{model.num_parameters():,}", device, _corpus_line(corpus))
     with run_locked(folder):
-        _begin(state, configuration, identity, overwrite=overwrite, allow=allow)
+        checkpoint = None if overwrite else _checkpoint(folder, identity, allow)
+        state = _state(configuration, tokenizer, checkpoint, device)
+        _make_room(configuration, overwrite=overwrite)
+        log.info("%s parameters on %s; %s", f"{state.model.num_parameters():,}", device, _corpus_line(corpus))
         stopped_by = None
         if not _is_finished(state, folder, steps):
-            about = {"recipe": configuration.model_dump(mode="json"), "identity": identity}
+            about = {
+                "recipe": configuration.model_dump(mode="json"),
+                "identity": identity,
+                "config": state.model.config.to_dict(),
+            }
             stopped_by = _train(state, configuration, corpus, about, progress=progress)
             if not stopped_by:
-                write_model_folder(model, tokenizer, folder / "model")
+                write_model_folder(state.model, tokenizer, folder / "model")
     trained = None if stopped_by else folder / "model"
     return Outcome(state.step, steps, stopped_by, trained, folder / "metrics.jsonl", state.validation)
 
 
-def build_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MegatronBertForPreTraining:
-    """A freshly initialised model with room for the tokenizer's vocabulary, rounded up to a multiple."""
-    multiple = section.vocabulary_multiple
-    config = MegatronBertConfig(
-        vocab_size=-(-len(tokenizer) // multiple) * multiple,
-        hidden_size=section.hidden_size,
-        num_hidden_layers=section.num_hidden_layers,
-        num_attention_heads=section.num_attention_heads,
-        intermediate_size=section.intermediate_size or 4 * section.hidden_size,
-        max_position_embeddings=section.max_position_embeddings,
-        hidden_dropout_prob=section.hidden_dropout_prob,
-        attention_probs_dropout_prob=section.attention_probs_dropout_prob,
-        initializer_range=section.initializer_range,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = MegatronBertForPreTraining(config)
-    scale_residual_projections(model, section.num_hidden_layers)
-    return model
+def _checkpoint(folder: Path, identity: Mapping[str, Any], allow: Sequence[str]) -> Path | None:
+    """The checkpoint to go on from, if the folder has a run; what of its recipe was changed is said."""
+    if not list_checkpoints(folder):
+        if (folder / "model").exists():
+            raise UserError(f"{folder} has a model but no checkpoint to go on from; choose another output, "
+                            f"or start over with --overwrite")  # fmt: skip
+        return None
+    checkpoint = newest_good(folder)
+    changed = refuse_changes(read_state(checkpoint)["identity"], identity, allow, str(checkpoint))
+    for key, difference in changed.items():
+        log.warning("changed from here on: %s %s", key, difference)
+    return checkpoint
 
 
-def _begin(
-    state: TrainState,
+def _state(
     configuration: PretrainConfiguration,
-    identity: Mapping[str, Any],
-    *,
-    overwrite: bool,
-    allow: Sequence[str],
-) -> None:
-    """Puts the state to where the run in the output folder stands, or makes room for a new one."""
-    folder = configuration.output
-    if overwrite:
-        for left in (checkpoints_folder(folder), folder / "model"):
-            shutil.rmtree(left, ignore_errors=True)
-    remove_unfinished(folder)
-    if list_checkpoints(folder):
-        checkpoint = newest_good(folder)
-        changed = refuse_changes(read_state(checkpoint)["identity"], identity, allow, str(checkpoint))
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
+    device: torch.device,
+) -> TrainState:
+    """A run at its beginning, or where the checkpoint left it."""
+    torch.manual_seed(configuration.training.seed)
+    if checkpoint:  # what the run once started from may be gone by now
+        section = configuration.model
+        config = MegatronBertConfig.from_dict(read_state(checkpoint)["config"])
+        config.hidden_dropout_prob = section.hidden_dropout_prob
+        config.attention_probs_dropout_prob = section.attention_probs_dropout_prob
+        network = empty_network(config, causal=configuration.objective.kind == "causal")
+    else:
+        network = build_network(configuration, tokenizer)
+    network.to(device)  # type: ignore[arg-type]  # its decorator hides the signature
+    state = TrainState(network, build_optimizer(network, configuration.optimizer), device)
+    if checkpoint:
         restore(state, checkpoint)
         log.info("going on from %s", checkpoint)
-        for key, difference in changed.items():
-            log.warning("changed from here on: %s %s", key, difference)
-    elif (folder / "model").exists():
-        raise UserError(f"{folder} has a model but no checkpoint to go on from; choose another output or --overwrite")
+    return state
+
+
+def _make_room(configuration: PretrainConfiguration, *, overwrite: bool) -> None:
+    """Removes what a killed process left half-written, and with `overwrite` the run; writes the recipe."""
+    folder = configuration.output
+    if overwrite:
+        for left in (checkpoints_folder(folder), folder / "model", folder / "tensorboard"):
+            shutil.rmtree(left, ignore_errors=True)
+    remove_unfinished(folder)
     with written_aside(folder / "recipe.yaml") as aside:
         aside.write_text(configuration.as_yaml(), encoding="utf-8")
 
@@ -171,7 +176,13 @@ def _train(
     folder, steps = configuration.output, configuration.training.steps
     with (
         StopSignals() as stop,
-        MetricsSink(folder / "metrics.jsonl", steps, progress=progress, first_step=state.step) as sink,
+        MetricsSink(
+            folder / "metrics.jsonl",
+            steps,
+            progress=progress,
+            first_step=state.step,
+            tensorboard=folder / "tensorboard" if configuration.runtime.tensorboard else None,
+        ) as sink,
         CheckpointWriter(folder, configuration.runtime.keep_checkpoints) as writer,
     ):
 
@@ -205,8 +216,16 @@ def _wire(
     training, runtime, device = configuration.training, configuration.runtime, state.device
     micro_samples = min(runtime.micro_batch_samples or training.batch_samples, training.batch_samples)
     layout = BatchLayout(training.batch_samples, micro_samples)
+    model_config = state.model.config
+    assert isinstance(model_config, MegatronBertConfig)
     objective = build_objective(
-        state.model, device, precision=training.precision, rows=micro_samples, row_tokens=configuration.data.row_tokens
+        state.model,
+        device,
+        precision=training.precision,
+        rows=micro_samples,
+        row_tokens=configuration.data.row_tokens,
+        recompute=runtime.recompute,
+        compiled=should_compile(runtime.compile, device),
     )
     if objective.shapes and state.shapes:
         objective.shapes = state.shapes
@@ -214,6 +233,7 @@ def _wire(
     return Run(
         configuration=configuration,
         objective=objective,
+        throughput=Throughput(model_config, device, measured_flops_per_second(device, training.precision)),
         state=state,
         steps=corpus.steps(layout, state.position, num_workers=runtime.num_workers, pin=device.type == "cuda"),
         validation=corpus.validation_batches(micro_samples),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_bert.data.content import content_of
+from megatron_bert.data.content import GONE, content_of, content_of_model
 from megatron_bert.errors import UserError
 from megatron_bert.training.configuration import PretrainConfiguration
 
@@ -24,8 +24,13 @@ def run_identity(configuration: PretrainConfiguration, tokenizer_fingerprint: st
         OSError: a token file cannot be read.
     """
     sections = configuration.model_dump(mode="json", exclude=set(_FREE))
+    del sections["model"]["size"]  # a name for the numbers beside it
+    start = configuration.model.start_from
+    sections["model"]["start_from"] = content_of_model(start) if start else None
     sections["data"]["tokenizer"] = tokenizer_fingerprint
-    sections["data"]["tokens"] = content_of(configuration.data.tokens)
+    contents = [(content_of(corpus.prefix), corpus.weight) for corpus in configuration.data.corpora]
+    blend = isinstance(configuration.data.tokens, list)
+    sections["data"]["tokens"] = [list(content) for content in contents] if blend else contents[0][0]
     if configuration.data.validation:
         sections["data"]["validation"] = content_of(configuration.data.validation)
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
@@ -51,7 +56,7 @@ def refuse_changes(
     changed = {
         key: f"was {_shown(before.get(key))}, is {_shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and now.get(key) != GONE
     }
     fixed = [f"{key} {difference}" for key, difference in changed.items() if _never(key)]
     if fixed:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import PreTrainedModel
 
 from megatron_bert.checkpoint.native import MODEL_PREFIX, OPTIMIZER_PREFIX, read_state, read_streams
 from megatron_bert.checkpoint.tensors import read_tensors, tensor_shapes
@@ -77,7 +78,7 @@ class TrainState:
             a sum may depend on it.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     device: torch.device
     step: int = 0

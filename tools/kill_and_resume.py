@@ -1,0 +1,155 @@
+"""Kills a pretraining run with SIGKILL again and again, starts it again each time, and compares what comes out with an
+uninterrupted run: every number in its metrics but the timings, the model, and all tensors of the last checkpoint.
+
+    python tools/kill_and_resume.py recipes/demo_cpu.yaml --kills 10 --set runtime.checkpoint_every_steps=50
+
+Every other kill waits for a checkpoint to be half-written. Exit code 0: bit for bit the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_bert.checkpoint.native import newest_good
+from megatron_bert.checkpoint.tensors import read_all_tensors
+from megatron_bert.cli.main import main as command
+from megatron_bert.training import pretrain
+
+TIMINGS = {"tokens_per_second", "seconds", "data_waiting_share", "mfu", "peak_memory_gib"}
+Launch = Callable[[Path], int]
+
+
+def main() -> int:
+    """Runs, kills, compares, and prints what happened."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--folder", type=Path, default=Path("killed"), help="gets whole/ and killed/; emptied first")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--fork", action="store_true", help="fork instead of starting the command: saves its start-up")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    args = parser.parse_args()
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True)
+    settings = [word for value in args.set for word in ("--set", value)]
+    words = ["pretrain", str(args.recipe), "--json", *settings]
+    launch: Launch = forker(words) if args.fork else starter(words)
+
+    started = time.monotonic()
+    whole = launch(args.folder / "whole")
+    begins = wait_for(whole, lambda: (args.folder / "whole" / "metrics.jsonl").exists()) - started
+    assert os.waitpid(whole, 0)[1] == 0, "the uninterrupted run failed"
+    seconds = time.monotonic() - started
+    print(f"uninterrupted: {seconds:.1f} s, {begins:.1f} s of them until training begins", flush=True)
+
+    moments = random.Random(args.seed)
+    during_write = 0
+    for kill in range(args.kills):
+        life = begins + moments.uniform(0.0, 1.6 * (seconds - begins) / args.kills)
+        during_write += killed_run(launch, args.folder / "killed", life, moments if kill % 2 else None)
+    code = os.waitpid(launch(args.folder / "killed"), 0)[1]
+    assert code == 0, "the last start failed"
+    print(f"killed {args.kills} times, {during_write} of them while a checkpoint was being written")
+    differences = compare(args.folder / "whole", args.folder / "killed")
+    print("\n".join(differences) or "metrics, model and last checkpoint are bit for bit the same")
+    return 1 if differences else 0
+
+
+def starter(words: list[str]) -> Launch:
+    """Starts the real command in a process of its own."""
+    return lambda output: (
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_bert", *words, "--set", f"output={output}"], stdout=subprocess.DEVNULL
+        ).pid
+    )
+
+
+def forker(words: list[str]) -> Launch:
+    """Runs the command in a fork of this process, which has imported everything and computed nothing."""
+    assert pretrain
+
+    def launch(output: Path) -> int:
+        child = os.fork()
+        if child:
+            return child
+        code = 1
+        try:
+            code = command([*words, "--set", f"output={output}"])
+        finally:
+            os._exit(code)
+
+    return launch
+
+
+def killed_run(launch: Launch, output: Path, life_seconds: float, half_written: random.Random | None) -> bool:
+    """Starts the run and kills it after `life_seconds`, or as soon afterwards as a checkpoint is half-written.
+
+    Returns:
+        whether it left one half-written.
+    """
+    end = time.monotonic() + life_seconds
+    process = launch(output)
+    wait_for(process, lambda: time.monotonic() > end)
+    if half_written:
+        wait_for(process, lambda: bool(unfinished(output)))
+        time.sleep(half_written.uniform(0.0, 0.02))
+    os.kill(process, signal.SIGKILL)
+    status = os.waitpid(process, 0)[1]
+    assert os.WIFSIGNALED(status), "the run ended before it could be killed: give it more steps"
+    left = bool(unfinished(output))
+    print(f"killed at step {last_step(output)}{', a checkpoint half-written' if left else ''}", flush=True)
+    return left
+
+
+def wait_for(process: int, condition: Callable[[], bool]) -> float:
+    """Waits until the condition holds, or the process ends; returns when."""
+    while not condition() and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.0005)
+    return time.monotonic()
+
+
+def unfinished(output: Path) -> list[Path]:
+    """What of a checkpoint is being written, or was when the process was killed."""
+    return list((output / "checkpoints").glob(".step-*.partial"))
+
+
+def last_step(output: Path) -> int:
+    """The last step that the metrics know."""
+    lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def compare(whole: Path, killed: Path) -> list[str]:
+    """What differs, a line each."""
+    differences = []
+    if records(whole) != records(killed):
+        differences.append("the metrics differ")
+    name = "model/model.safetensors"
+    if (whole / name).read_bytes() != (killed / name).read_bytes():
+        differences.append("the models differ")
+    one, other = (read_all_tensors(newest_good(run)) for run in (whole, killed))
+    if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+        differences.append("the last checkpoints differ")
+    return differences
+
+
+def records(run: Path) -> list[dict[str, object]]:
+    """The metrics without timings."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
