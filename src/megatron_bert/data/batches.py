@@ -1,33 +1,47 @@
-"""Samples -> batches, in an order that depends on nothing but the seed: not on ranks, workers or micro-batches."""
+"""Samples -> batches, in an order that depends on nothing but the seed: not on ranks, workers or micro-batches.
+
+What a step consists of is planned in the process that trains, from the indexes alone, the same on every rank; the
+samples themselves are made, and put together to tensors, a micro-batch at a time, by worker processes.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from megatron_bert.data.blending import Blend, Position
 from megatron_bert.data.masking import IGNORED
-from megatron_bert.data.samples import EpochIndex, Sample, SampleBuilder, SampleKey
+from megatron_bert.data.packing import best_num_rows, pack
+from megatron_bert.data.samples import Builder, Sample, SampleKey, SamplePlan
+from megatron_bert.errors import UserError
 
 __all__ = [
     "Batch",
     "BatchLayout",
-    "BatchPlan",
+    "Collate",
     "Position",
     "StepBatches",
-    "collate",
+    "StepPlanner",
+    "collate_causal",
+    "collate_packed",
+    "collate_padded",
     "evaluation_batches",
-    "training_batches",
     "training_steps",
 ]
 
 Batch = dict[str, torch.Tensor]
+Collate = Callable[[Sequence[Sequence[Sample]]], Batch]
+_RowPlans = list[list[SamplePlan]]  # a micro-batch: the samples of each of its rows
+
+_EMPTY = SamplePlan(SampleKey(0, 0, 0), (), 0)
+_TRIED_STEPS, _TRIED_SAMPLES = 16, 20_000  # to find out how many rows a packed step takes
 
 
 @dataclass(frozen=True)
@@ -36,36 +50,16 @@ class BatchLayout:
 
     Attributes:
         samples: samples of one step, over all ranks.
-        micro_samples: samples that one forward pass takes on one rank.
+        micro_samples: rows that one forward pass takes on one rank; with packing, the most that it may take.
         rank, world_size: this process among those that share the step.
+        packing: several samples in a row.
     """
 
     samples: int
     micro_samples: int
     rank: int = 0
     world_size: int = 1
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes of one rank in one step."""
-        return -(-self.samples // self.world_size // self.micro_samples)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where the next step begins; opaque to everybody but this package. `Position()` is the start of the data."""
-
-    epoch: int = 0
-    offset: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        """For a checkpoint; `Position.of` reads it."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, values: Mapping[str, int]) -> Self:
-        """The position that `as_dict` gave."""
-        return cls(**values)
+    packing: bool = False
 
 
 class StepBatches(NamedTuple):
@@ -81,78 +75,158 @@ class StepBatches(NamedTuple):
     next: Position
 
 
+class StepPlanner:
+    """Deals a step's samples out to rows, micro-batches and ranks.
+
+    Args:
+        row_tokens: capacity of a row.
+
+    Raises:
+        UserError: the step's samples cannot be shared equally.
+    """
+
+    def __init__(self, blend: Blend[Any], layout: BatchLayout, row_tokens: int) -> None:
+        if layout.samples % layout.world_size:
+            raise UserError(
+                f"training.batch_samples {layout.samples} is not a multiple of the {layout.world_size} processes"
+            )
+        self.blend, self.layout, self._row_tokens = blend, layout, row_tokens
+
+    def micro_batches(self, keys: Sequence[SampleKey]) -> list[_RowPlans]:
+        """This rank's micro-batches of a step; every rank has as many, with packing all of the same shape."""
+        layout = self.layout
+        rows = self._rows([self._plan(key) for key in keys]) if layout.packing else [[key] for key in keys]
+        rows += [[] for _ in range(-len(rows) % self._rows_dealt_at_once)]
+        share = len(rows) // layout.world_size
+        mine = rows[layout.rank * share : (layout.rank + 1) * share]
+        planned = [[self._plan(key) for key in row] for row in mine]
+        if not layout.packing:
+            planned = [row or [_EMPTY] for row in planned]
+        return [planned[at : at + layout.micro_samples] for at in range(0, share, layout.micro_samples)]
+
+    def best_layout(self) -> BatchLayout:
+        """The layout, with as many rows to a packed micro-batch as leave the least to padding, and never more."""
+        layout = self.layout
+        if not layout.packing:
+            return layout
+        rows_of_steps = [len(self._rows(plans)) for plans in self._first_steps()]
+        return replace(layout, micro_samples=best_num_rows(rows_of_steps, layout.micro_samples, layout.world_size))
+
+    def fill_rates(self) -> tuple[float, float]:
+        """With packing: real tokens per token of the rows in use, and of all rows that are computed."""
+        real = used = computed = 0
+        for plans in self._first_steps():
+            rows = len(self._rows(plans))
+            real += sum(plan.row_tokens for plan in plans)
+            used, computed = used + rows, computed + rows + (-rows % self._rows_dealt_at_once)
+        return real / (used * self._row_tokens), real / (computed * self._row_tokens)
+
+    @property
+    def _rows_dealt_at_once(self) -> int:
+        return self.layout.world_size * (self.layout.micro_samples if self.layout.packing else 1)
+
+    def _rows(self, plans: Sequence[SamplePlan]) -> list[list[SampleKey]]:
+        """The samples of each packed row."""
+        rows = pack(np.array([plan.row_tokens for plan in plans]), self._row_tokens)
+        return [[plans[sample].key for sample in row] for row in rows]
+
+    def _plan(self, key: SampleKey) -> SamplePlan:
+        plan: SamplePlan = self.blend.index(key.corpus, key.epoch).plan(key.index)
+        return plan
+
+    def _first_steps(self) -> Iterator[list[SamplePlan]]:
+        """Always those of the start, wherever a run goes on: the shapes of its batches stay as they were."""
+        samples, position = self.layout.samples, Position()
+        for _ in range(max(1, min(_TRIED_STEPS, _TRIED_SAMPLES // samples))):
+            keys, position = self.blend.take(position, samples)
+            yield [self._plan(key) for key in keys]
+
+
 class _PlannedStep(NamedTuple):
     num_micro_batches: int
     keys: list[SampleKey]
     next: Position
 
 
-class BatchPlan(Sampler[list[SampleKey]]):
-    """Yields the keys of one rank's micro-batches, step after step, epoch after epoch, without end.
+class _TrainingPlan(Sampler[_RowPlans]):
+    """Hands one rank's micro-batches to a loader, step after step, and remembers which step they belong to."""
 
-    A step that reaches the end of an epoch goes on with the next one's first samples; none is left out.
+    def __init__(self, planner: StepPlanner, start: Position) -> None:
+        self._planner, self._start = planner, start
+        self.planned: deque[_PlannedStep] = deque()
 
-    Args:
-        index_of: the index of an epoch; called once an epoch.
-        start: where the first step begins.
-    """
-
-    def __init__(self, index_of: Callable[[int], EpochIndex], layout: BatchLayout, start: Position) -> None:
-        self._index_of, self._layout, self._start = index_of, layout, start
-        self.planned: deque[_PlannedStep] = deque()  # steps whose micro-batches were handed to the loader
-        assert layout.samples % layout.world_size == 0
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        layout = self._layout
-        share = layout.samples // layout.world_size
-        keys = self._keys()
+    def __iter__(self) -> Iterator[_RowPlans]:
+        position = self._start
         while True:
-            step = [next(keys) for _ in range(layout.samples)]
-            self.planned.append(
-                _PlannedStep(
-                    layout.micro_batches, step, replace(self._start, epoch=step[-1].epoch, offset=step[-1].index + 1)
-                )
-            )
-            mine = step[layout.rank * share : (layout.rank + 1) * share]
-            for at in range(0, share, layout.micro_samples):
-                yield mine[at : at + layout.micro_samples]
-
-    def _keys(self) -> Iterator[SampleKey]:
-        epoch, offset = self._start.epoch, self._start.offset
-        while True:
-            index = self._index_of(epoch)
-            for at in range(offset, len(index)):
-                yield index.key(at)
-            epoch, offset = epoch + 1, 0
+            keys, position = self._planner.blend.take(position, self._planner.layout.samples)
+            micro_batches = self._planner.micro_batches(keys)
+            self.planned.append(_PlannedStep(len(micro_batches), keys, position))
+            yield from micro_batches
 
 
-class _Samples(Dataset[Sample]):
+class _MicroBatches(Dataset[Batch]):
     """What a loader's workers hold."""
 
-    def __init__(self, builder: SampleBuilder) -> None:
-        self._builder = builder
+    def __init__(self, builders: Sequence[Builder], collate: Collate) -> None:
+        self._builders, self._collate = builders, collate
 
-    def __getitem__(self, key: SampleKey) -> Sample:
-        return self._builder.build(key)
-
-
-@dataclass(frozen=True)
-class _Collate:
-    pad_id: int
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        return collate(samples, self.pad_id)
+    def __getitem__(self, rows: _RowPlans) -> Batch:
+        return self._collate([[self._builders[plan.key.corpus].build(plan) for plan in row] for row in rows])
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """The samples as rows of equal length, padded at the right.
+def training_steps(
+    planner: StepPlanner,
+    builders: Sequence[Builder],
+    collate: Collate,
+    start: Position,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[StepBatches]:
+    """Steps from `start` on, without end; samples are made by `num_workers` processes (0: by this one).
+
+    Args:
+        builders: of each corpus of the blend.
+    """
+    plan = _TrainingPlan(planner, start)
+    loader: DataLoader[Batch] = DataLoader(
+        _MicroBatches(builders, collate),
+        sampler=plan,
+        batch_size=None,  # the dataset's items are micro-batches
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or the loader would draw its workers' seed from the model's stream
+    )
+    batches = iter(loader)
+    for first in batches:
+        step = plan.planned.popleft()  # the loader hands batches out in the plan's order
+        yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
+
+
+def evaluation_batches(
+    planner: StepPlanner, builders: Sequence[Builder], collate: Collate, num_samples: Sequence[int]
+) -> Iterator[Batch]:
+    """This rank's part of the first epoch of every corpus, each sample once; the same masks each time.
+
+    Args:
+        num_samples: of each corpus.
+    """
+    made = _MicroBatches(builders, collate)
+    keys = (SampleKey(corpus, 0, at) for corpus, num in enumerate(num_samples) for at in range(num))
+    while step := list(islice(keys, planner.layout.samples)):
+        for rows in planner.micro_batches(step):
+            yield made[rows]
+
+
+def collate_padded(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
+    """Rows of one sample each, padded at the right to the longest.
 
     Returns:
-        `input_ids`, `token_type_ids`, `attention_mask` (1 at real tokens) and `labels`, int64 [B, S] with S the longest
-        sample's length, and `next_sentence_label`, int64 [B]: the names of `MegatronBertForPreTraining.forward`.
+        `input_ids`, `token_type_ids`, `attention_mask` (1 at real tokens) and `labels`, int64 [B, S], and
+        `next_sentence_label`, int64 [B]: the names of `MegatronBertForPreTraining.forward`.
     """
-    longest = max(len(sample.input_ids) for sample in samples)
-    shape = (len(samples), longest)
+    samples = [row[0] for row in rows]
+    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
     ids, types = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
     mask, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     for row, sample in enumerate(samples):
@@ -168,33 +242,44 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     }
 
 
-def training_batches(
-    builder: SampleBuilder, plan: BatchPlan, pad_id: int, *, num_workers: int = 0, pin_memory: bool = False
-) -> Iterator[Batch]:
-    """The plan's micro-batches, made by `num_workers` processes (0: by this one)."""
-    loader: DataLoader[Sample] = DataLoader(
-        _Samples(builder),
-        batch_sampler=plan,
-        collate_fn=_Collate(pad_id),
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # or the loader would draw its workers' seed from the model's stream
-    )
-    return iter(loader)
+def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int, row_tokens: int) -> Batch:
+    """Rows of several samples each; what is left of a row is a sequence of its own, of padding.
+
+    Returns:
+        `input_ids`, `token_type_ids`, `position_ids` (from 0 in each sequence) and `labels`, int64 [B, row_tokens];
+        `cu_seq_lens`, int32 [n + 1], where each of the n sequences starts in the B * row_tokens tokens, and the end;
+        `next_sentence_label`, int64 [n], IGNORED for padding.
+    """
+    shape = (len(rows), row_tokens)
+    ids, types = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
+    positions, labels = np.empty(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    counting = np.arange(row_tokens)
+    bounds, pair_labels = [0], []
+    for row, samples in enumerate(rows):
+        at = 0
+        for sample in samples:
+            stop = at + len(sample.input_ids)
+            ids[row, at:stop], types[row, at:stop] = sample.input_ids, sample.token_type_ids
+            labels[row, at:stop], positions[row, at:stop] = sample.labels, counting[: stop - at]
+            at = stop
+            bounds.append(row * row_tokens + at)
+            pair_labels.append(sample.pair_label)
+        if at < row_tokens:
+            positions[row, at:] = counting[: row_tokens - at]
+            bounds.append((row + 1) * row_tokens)
+            pair_labels.append(IGNORED)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "token_type_ids": torch.from_numpy(types),
+        "position_ids": torch.from_numpy(positions),
+        "labels": torch.from_numpy(labels),
+        "cu_seq_lens": torch.tensor(bounds, dtype=torch.int32),
+        "next_sentence_label": torch.tensor(pair_labels),
+    }
 
 
-def training_steps(
-    builder: SampleBuilder, plan: BatchPlan, pad_id: int, *, num_workers: int = 0, pin_memory: bool = False
-) -> Iterator[StepBatches]:
-    """The plan's steps, without end; samples are made by `num_workers` processes (0: by this one)."""
-    batches = training_batches(builder, plan, pad_id, num_workers=num_workers, pin_memory=pin_memory)
-    for first in batches:
-        step = plan.planned.popleft()  # the loader hands batches out in the plan's order
-        yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
-
-
-def evaluation_batches(builder: SampleBuilder, index: EpochIndex, pad_id: int, samples: int) -> Iterator[Batch]:
-    """Every sample of `index` once, `samples` at a time; the same masks each time."""
-    for at in range(0, len(index), samples):
-        keys = map(index.key, range(at, min(at + samples, len(index))))
-        yield collate([builder.build(key) for key in keys], pad_id)
+def collate_causal(rows: Sequence[Sequence[Sample]]) -> Batch:
+    """Rows of the causal objective: `input_ids`, `token_type_ids` (0) and `labels`, what follows each token; [B, S]."""
+    samples = [row[0] for row in rows]
+    return {name: torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+            for name in ("input_ids", "token_type_ids", "labels")}  # fmt: skip

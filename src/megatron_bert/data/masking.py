@@ -11,12 +11,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["IGNORED", "Masked", "Masker", "choose_spans"]
+__all__ = ["IGNORED", "Masked", "Masker", "WordSegmenter", "choose_spans"]
 
 IGNORED = -100  # the label of a token that is not to be predicted (PyTorch's cross-entropy skips it)
 _TRIES = 32  # to find room for a run before the row counts as full
@@ -31,6 +31,13 @@ class Masked(NamedTuple):
     labels: IntArray
 
 
+class WordSegmenter(Protocol):
+    """Finds words of several tokens that the tokens' spelling does not show (see `data/segmentation.py`)."""
+
+    def continuations(self, ids: IntArray) -> npt.NDArray[np.bool_]:
+        """bool [S]: which tokens of the row continue the word of the token before."""
+
+
 @dataclass(frozen=True)
 class Masker:
     """Masks rows of token ids.
@@ -42,6 +49,7 @@ class Masker:
         continues: bool [V], which ids continue a word ("##ing").
         special: bool [V], which ids are special tokens: never chosen, never drawn.
         ordinary_ids: the ids that a chosen token may be replaced with.
+        segmenter: for languages written without spaces.
     """
 
     share: float
@@ -50,23 +58,35 @@ class Masker:
     continues: npt.NDArray[np.bool_]
     special: npt.NDArray[np.bool_]
     ordinary_ids: IntArray
+    segmenter: WordSegmenter | None = None
 
     @classmethod
-    def of_vocabulary(cls, vocabulary: dict[str, int], special_tokens: list[str], mask_token: str, *,
-                      share: float = 0.15, max_words: int = 3) -> Masker:  # fmt: skip
+    def of_vocabulary(
+        cls,
+        vocabulary: dict[str, int],
+        special_tokens: list[str],
+        mask_token: str,
+        *,
+        share: float = 0.15,
+        max_words: int = 3,
+        segmenter: WordSegmenter | None = None,
+    ) -> Masker:
         """The masker for a WordPiece vocabulary (`token -> id`)."""
         size = max(vocabulary.values()) + 1
         continues, special = np.zeros(size, bool), np.ones(size, bool)
         for token, token_id in vocabulary.items():
             continues[token_id] = token.startswith("##") and len(token) > 2
             special[token_id] = token in special_tokens
-        return cls(share, max_words, vocabulary[mask_token], continues, special, np.flatnonzero(~special))
+        return cls(share, max_words, vocabulary[mask_token], continues, special, np.flatnonzero(~special), segmenter)
 
     def mask(self, ids: npt.NDArray[Any], rng: np.random.Generator) -> Masked:
         """Masks one row; special tokens and the two sides of one stay apart."""
         ids = ids.astype(np.int64)
         blocked_token = self.special[ids]
-        starts_word = ~self.continues[ids] | blocked_token
+        continues = self.continues[ids]
+        if self.segmenter:
+            continues |= self.segmenter.continuations(ids)
+        starts_word = ~continues | blocked_token
         starts_word[1:] |= blocked_token[:-1]  # a continuation that truncation left first is a word of its own
         starts_word[:1] = True
         word_starts = np.flatnonzero(starts_word)

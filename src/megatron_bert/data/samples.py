@@ -1,49 +1,58 @@
-"""Which sentences make a sample, and the sample made from them.
-
-A document's sentences are taken in order until they reach the target length; the next sample starts after them. Such a
-run is cut at a sentence border into a first and a second segment, which are exchanged half of the time; telling which
-is sentence-order prediction, the pair objective of the paper (arXiv 1909.08053, section 5.3, after Lan et al. 2019,
-arXiv 1909.11942, section 3.1). A sample depends only on (seed, epoch, index).
-"""
+"""A sample of the masked objective: what it is made of, and how it is made. It depends only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bert.data.indexed import IndexedReader
+from megatron_bert.data.indexed import IndexedReader, files_of
 from megatron_bert.data.masking import IGNORED, Masker
 from megatron_bert.data.randomness import Purpose, generator
-from megatron_bert.errors import UserError
 
 __all__ = [
     "IN_ORDER",
-    "SWAPPED",
-    "EpochIndex",
+    "OTHER_ORDER",
+    "Builder",
+    "IntArray",
+    "MaskedBuilder",
+    "Pair",
     "Sample",
-    "SampleBuilder",
+    "SampleIndex",
     "SampleKey",
+    "SamplePlan",
     "SampleRules",
-    "split_documents",
+    "TokenFile",
 ]
 
-IN_ORDER, SWAPPED = 0, 1  # the pair label, as Transformers' `next_sentence_label` has it: 0 for "B follows A"
-_FRAME_TOKENS = 3  # [CLS] A [SEP] B [SEP]
+# The pair label, as Transformers' `next_sentence_label` has it: 0 for "B follows A"; 1 for an exchanged pair, or a B
+# from another document.
+IN_ORDER, OTHER_ORDER = 0, 1
 
 IntArray = npt.NDArray[np.int64]
+Pair = Literal["sentence-order", "next-sentence", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleKey:
-    """Where a sample stands, and the sentences [first, stop) that it is made from."""
+    """Where a sample stands: the part of the blend, the epoch of that part, and the place in the epoch."""
 
+    corpus: int
     epoch: int
     index: int
-    first: int
-    stop: int
+
+
+class SamplePlan(NamedTuple):
+    """What a sample is made of: spans (first token, number) of its token file, the tokens that its row will have, and
+    the pair label. Without spans it is an empty row, there for its shape."""
+
+    key: SampleKey
+    spans: tuple[tuple[int, int], ...]
+    row_tokens: int
+    label: int = IGNORED
 
 
 class Sample(NamedTuple):
@@ -52,7 +61,7 @@ class Sample(NamedTuple):
     input_ids: IntArray
     token_type_ids: IntArray
     labels: IntArray
-    pair_label: int
+    pair_label: int = IGNORED
 
 
 @dataclass(frozen=True)
@@ -62,123 +71,97 @@ class SampleRules:
     Attributes:
         row_tokens: longest row, special tokens included.
         short_share: share of samples with a target length drawn from 2 to the longest, so that short texts are seen.
-        pairs: cut runs in two for sentence-order prediction.
+        pair: the pair objective.
+        corpus: number of the token file in a blend.
     """
 
     seed: int
     row_tokens: int
     short_share: float = 0.1
-    pairs: bool = True
+    pair: Pair = "sentence-order"
+    corpus: int = 0
 
     @property
     def text_tokens(self) -> int:
-        """Longest row without its special tokens."""
-        return self.row_tokens - _FRAME_TOKENS
+        """Longest row without its special tokens: [CLS] A [SEP] B [SEP], or [CLS] A [SEP] where there are no pairs."""
+        return self.row_tokens - (2 if self.pair == "none" else 3)
 
 
-class EpochIndex:
-    """The samples of one epoch over some documents: sentences [firsts[i], stops[i]) for sample i, in training order.
+class SampleIndex(Protocol):
+    """The samples of one epoch, in training order."""
 
-    Vectorised: where a sample that began at each sentence would end is one binary search over all sentences, and which
-    beginnings are reached from the documents' first sentences takes log2(longest chain) passes.
-    """
+    def __len__(self) -> int: ...
 
-    def __init__(self, reader: IndexedReader, documents: IntArray, rules: SampleRules, epoch: int) -> None:
-        self.epoch = epoch
-        document_ends = np.repeat(reader.documents[1:], np.diff(reader.documents))
-        following = _following(reader, document_ends, rules, epoch)
-        roots = reader.documents[documents]
-        roots = roots[reader.documents[documents + 1] > roots]  # an empty document has no first sentence
-        firsts = np.flatnonzero(_reached(following, document_ends, roots))
-        order = generator(rules.seed, Purpose.ORDER, epoch).permutation(len(firsts))
-        self.firsts = firsts[order]
-        self.stops = following[self.firsts]
-
-    def __len__(self) -> int:
-        return len(self.firsts)
-
-    @property
-    def num_pairs(self) -> int:
-        """Samples with two sentences or more."""
-        return int((self.stops - self.firsts > 1).sum())
-
-    def key(self, index: int) -> SampleKey:
-        """The key of sample `index`."""
-        return SampleKey(self.epoch, index, int(self.firsts[index]), int(self.stops[index]))
+    def plan(self, index: int) -> SamplePlan:
+        """What sample `index` is made of."""
 
 
-def _following(reader: IndexedReader, document_ends: IntArray, rules: SampleRules, epoch: int) -> IntArray:
-    """int64 [S]: where a sample that begins at each sentence ends; never beyond its document, two sentences at least
-    where there are two (so that a long first sentence does not make a sample without a pair)."""
-    num = len(reader)
-    rng = generator(rules.seed, Purpose.LENGTHS, epoch)
-    targets = np.full(num, rules.text_tokens, np.int64)
-    short = np.flatnonzero(rng.random(num) < rules.short_share)
-    targets[short] = rng.integers(2, rules.text_tokens, len(short), endpoint=True)
-    ends = reader.starts + reader.lengths
-    reach = np.searchsorted(ends, reader.starts + targets) + 1  # the sentence that reaches the target is taken too
-    return np.minimum(np.maximum(reach, np.arange(num) + 2), document_ends)
+class Builder(Protocol):
+    """Makes samples from plans."""
+
+    def build(self, plan: SamplePlan) -> Sample:
+        """The sample that `plan` describes."""
 
 
-def _reached(following: IntArray, document_ends: IntArray, roots: IntArray) -> npt.NDArray[np.bool_]:
-    """bool [S]: the sentences that a chain root -> following[root] -> ... visits before it leaves its document.
+class TokenFile:
+    """The tokens of a token file, memory-mapped; a loader's worker maps the file anew and receives none of it."""
 
-    Pointer doubling: after k passes, everything less than 2**k steps from a root is known, and `jump` goes 2**k steps.
-    """
-    outside = len(following)
-    jump = np.append(np.where(following == document_ends, outside, following), outside)
-    reached = np.zeros(outside + 1, bool)
-    reached[roots] = reached[outside] = True
-    while True:
-        targets = jump[np.flatnonzero(reached)]
-        new = targets[~reached[targets]]
-        if not len(new):
-            return reached[:outside]
-        reached[new] = True
-        jump = jump[jump]
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+        self._prefix, self._dtype = prefix, np.dtype(dtype)
+        path = files_of(prefix)[0]
+        num = path.stat().st_size // self._dtype.itemsize
+        # As a plain array: slices of a `memmap` cost much more. An empty file cannot be mapped.
+        self._tokens = np.asarray(np.memmap(path, self._dtype, "r", shape=num)) if num else np.empty(0, self._dtype)
+
+    @classmethod
+    def of(cls, reader: IndexedReader) -> Self:
+        """The tokens that `reader` has."""
+        return cls(reader.prefix, reader.tokens.dtype)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, np.dtype[Any]]]:
+        return type(self), (self._prefix, self._dtype)
+
+    def __getitem__(self, span: tuple[int, int]) -> npt.NDArray[Any]:
+        """The tokens of (first token, number), a view into the file."""
+        start, num = span
+        return self._tokens[start : start + num]
 
 
-class SampleBuilder:
-    """Makes samples from a token file; it holds no state that a sample could depend on.
+class MaskedBuilder:
+    """Makes rows [CLS] A [SEP] B [SEP] with masks; it holds no state that a sample could depend on.
 
     Args:
         cls_id, sep_id: the ids of [CLS] and [SEP].
     """
 
-    def __init__(self, reader: IndexedReader, rules: SampleRules, masker: Masker, cls_id: int, sep_id: int) -> None:
-        self.reader, self.rules, self.masker = reader, rules, masker
-        self._cls, self._sep = [cls_id], [sep_id]
+    def __init__(self, tokens: TokenFile, rules: SampleRules, masker: Masker, cls_id: int, sep_id: int) -> None:
+        self._tokens, self._rules, self._masker = tokens, rules, masker
+        self._cls, self._sep = np.array([cls_id]), np.array([sep_id])
 
-    def build(self, key: SampleKey) -> Sample:
-        """The sample that `key` names."""
-        rng = generator(self.rules.seed, Purpose.SAMPLE, key.epoch, key.index)
-        segments, label = self._segments(key, rng)
-        parts: list[Any] = [self._cls]
+    def build(self, plan: SamplePlan) -> Sample:
+        """The sample that `plan` describes."""
+        key = plan.key
+        rng = generator(self._rules.seed, Purpose.SAMPLE, key.epoch, key.index, key.corpus)
+        segments = self._segments(plan, rng)
+        parts = [self._cls]
         for segment in segments:
             parts += [segment, self._sep]
-        row = np.concatenate(parts)
+        row = np.concatenate(parts, dtype=np.int64)
         types = np.zeros(len(row), np.int64)
         types[len(segments[0]) + 2 :] = 1
-        masked = self.masker.mask(row, rng)
-        return Sample(masked.input_ids, types, masked.labels, label)
+        masked = self._masker.mask(row, rng)
+        return Sample(masked.input_ids, types, masked.labels, plan.label)
 
-    def _segments(self, key: SampleKey, rng: np.random.Generator) -> tuple[list[npt.NDArray[Any]], int]:
-        first, second = self._tokens(key.first, key.stop), None
-        if self.rules.pairs and key.stop - key.first > 1:
-            border = int(rng.integers(key.first + 1, key.stop))
-            first, second = self._tokens(key.first, border), self._tokens(border, key.stop)
-        if second is None:
-            keep = min(len(first), self.rules.text_tokens)
-            return [_cut(first, keep, rng)], IGNORED
-        keep_first, keep_second = _kept(len(first), len(second), self.rules.text_tokens)
-        pair = [_cut(first, keep_first, rng), _cut(second, keep_second, rng)]
-        label = SWAPPED if rng.random() < 0.5 else IN_ORDER
-        return (pair[::-1] if label == SWAPPED else pair), label
-
-    def _tokens(self, first: int, stop: int) -> npt.NDArray[Any]:
-        reader = self.reader
-        last = stop - 1
-        return reader.tokens[int(reader.starts[first]) : int(reader.starts[last]) + int(reader.lengths[last])]
+    def _segments(self, plan: SamplePlan, rng: np.random.Generator) -> list[npt.NDArray[Any]]:
+        """One or two segments, truncated, in the order of the row."""
+        segments = [self._tokens[span] for span in plan.spans]
+        if len(segments) < 2:
+            segment = segments[0] if segments else np.empty(0, np.int64)
+            return [_cut(segment, min(len(segment), self._rules.row_tokens - 2), rng)]
+        keep = _kept(len(segments[0]), len(segments[1]), self._rules.row_tokens - 3)
+        segments = [_cut(segment, num, rng) for segment, num in zip(segments, keep, strict=True)]
+        exchange = self._rules.pair == "sentence-order" and plan.label == OTHER_ORDER
+        return segments[::-1] if exchange else segments
 
 
 def _kept(first: int, second: int, room: int) -> tuple[int, int]:
@@ -198,28 +181,3 @@ def _cut(segment: npt.NDArray[Any], keep: int, rng: np.random.Generator) -> npt.
     excess = len(segment) - keep
     front = int(rng.binomial(excess, 0.5)) if excess else 0
     return segment[front : front + keep]
-
-
-def split_documents(reader: IndexedReader, validation_share: float, seed: int) -> tuple[IntArray, IntArray]:
-    """The documents to train on and those held out: drawn at random until they hold `validation_share` of the tokens.
-
-    Returns:
-        two sorted int64 arrays of document numbers.
-
-    Raises:
-        UserError: the split would leave nothing to train on, or nothing to validate on.
-    """
-    bounds = np.append(reader.starts, reader.starts[-1:] + reader.lengths[-1:])[reader.documents]
-    tokens = np.diff(bounds)
-    drawn = generator(seed, Purpose.SPLIT).permutation(len(tokens))
-    before = np.cumsum(tokens[drawn]) - tokens[drawn]
-    held_out = before < validation_share * tokens.sum()
-    training, validation = np.sort(drawn[~held_out]), np.sort(drawn[held_out])
-    if not tokens[training].sum():
-        raise UserError(
-            f"data.validation_share {validation_share} takes all {len(tokens):,} documents and leaves none to train "
-            f"on; lower it or name a separate file in data.validation"
-        )
-    if validation_share and not tokens[validation].sum():
-        raise UserError("data.validation_share takes only empty documents; raise it")
-    return training, validation

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,15 +14,23 @@ from transformers import PreTrainedTokenizerBase
 from megatron_bert.data.batches import (
     Batch,
     BatchLayout,
-    BatchPlan,
-    Position,
+    Collate,
     StepBatches,
+    StepPlanner,
+    collate_causal,
+    collate_packed,
+    collate_padded,
     evaluation_batches,
     training_steps,
 )
+from megatron_bert.data.blending import Blend, Position
+from megatron_bert.data.causal import CausalBuilder, CausalIndex
 from megatron_bert.data.indexed import IndexedReader
 from megatron_bert.data.masking import Masker
-from megatron_bert.data.samples import EpochIndex, IntArray, SampleBuilder, SampleRules, split_documents
+from megatron_bert.data.pairs import PairIndex
+from megatron_bert.data.samples import Builder, IntArray, MaskedBuilder, Pair, SampleRules, TokenFile
+from megatron_bert.data.segmentation import ChineseWords
+from megatron_bert.data.split import split_documents
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.training.configuration import PretrainConfiguration
@@ -31,14 +40,17 @@ __all__ = ["Corpus", "Part", "open_corpus"]
 
 @dataclass(frozen=True)
 class Part:
-    """Some documents of a token file, and what makes samples of them."""
+    """What is trained on, or what is validated on: documents of each corpus, and what makes samples of them."""
 
-    builder: SampleBuilder
-    documents: IntArray
+    blend: Blend[PairIndex | CausalIndex]
+    builders: tuple[Builder, ...]
 
-    def index(self, epoch: int) -> EpochIndex:
-        """The samples of one epoch."""
-        return EpochIndex(self.builder.reader, self.documents, self.builder.rules, epoch)
+    def index(self, epoch: int) -> Any:  # Until the caller uses Corpus.summary
+        return self.blend.index(0, epoch)
+
+    def indexes(self) -> list[PairIndex | CausalIndex]:
+        """The first epoch of each corpus."""
+        return [self.blend.index(corpus, 0) for corpus in range(len(self.builders))]
 
 
 @dataclass(frozen=True)
@@ -47,24 +59,71 @@ class Corpus:
 
     training: Part
     validation: Part | None
+    row_tokens: int
     pad_id: int
+    causal: bool = False
+
+    def best_layout(self, layout: BatchLayout) -> BatchLayout:
+        """The layout; with packing, `micro_samples` is lowered to the rows that leave the least to padding.
+
+        Raises:
+            UserError: the samples of a step cannot be shared equally.
+        """
+        return self._planner(self.training, layout).best_layout()
 
     def steps(self, layout: BatchLayout, start: Position, *, num_workers: int, pin: bool) -> Iterator[StepBatches]:
-        """This rank's training steps from `start` on, without end; the index of the current epoch is kept.
+        """This rank's training steps from `start` on, without end.
 
         Args:
             num_workers: processes that make samples; 0: this one.
             pin: put batches into page-locked memory.
-        """
-        plan = BatchPlan(lru_cache(maxsize=1)(self.training.index), layout, start)
-        return training_steps(self.training.builder, plan, self.pad_id, num_workers=num_workers, pin_memory=pin)
 
-    def validation_batches(self, samples: int) -> Callable[[], Iterator[Batch]] | None:
-        """Makes a pass over the held-out samples, `samples` at a time."""
-        if self.validation is None:
-            return None
+        Raises:
+            UserError: the samples of a step cannot be shared equally, or `start` is of another number of corpora.
+        """
+        return training_steps(
+            self._planner(self.training, layout), self.training.builders, self._collate(layout), start,
+            num_workers=num_workers, pin_memory=pin,
+        )  # fmt: skip
+
+    def validation_batches(self, layout: BatchLayout | int) -> Callable[[], Iterator[Batch]] | None:
+        """Makes a pass over this rank's part of the held-out samples: each once, with the same masks each time."""
         part = self.validation
-        return partial(evaluation_batches, part.builder, part.index(0), self.pad_id, samples)
+        if part is None:
+            return None
+        if isinstance(layout, int):  # Until the caller hands over a layout
+            layout = BatchLayout(layout, layout)
+        num_samples = [len(index) for index in part.indexes()]
+        return partial(
+            evaluation_batches, self._planner(part, layout), part.builders, self._collate(layout), num_samples
+        )
+
+    def summary(self, layout: BatchLayout) -> str:
+        """A line that says what an epoch holds, and what of the text it does not."""
+        indexes = self.training.indexes()
+        parts = [f"{sum(map(len, indexes)):,} samples an epoch"]
+        pairs = [index for index in indexes if isinstance(index, PairIndex)]
+        if pairs:
+            alone = sum(len(index) - index.num_pairs for index in pairs)
+            text, cut = np.sum([index.text_and_cut_tokens() for index in pairs], axis=0)
+            parts += [f"{alone:,} of them without a pair", f"{cut / text:.1%} of the tokens cut off"]
+        if empty := sum(index.num_empty_documents for index in indexes):
+            parts.append(f"{empty:,} empty documents")
+        if layout.packing:
+            used, computed = self._planner(self.training, layout).fill_rates()
+            parts.append(f"rows packed {used:.1%} full, micro-batches of {layout.micro_samples} rows {computed:.1%}")
+        held_out = sum(map(len, self.validation.indexes())) if self.validation else 0
+        return ", ".join([*parts, f"{held_out:,} samples held out" if held_out else "none held out"])
+
+    def _planner(self, part: Part, layout: BatchLayout) -> StepPlanner:
+        return StepPlanner(part.blend, layout, self.row_tokens)
+
+    def _collate(self, layout: BatchLayout) -> Collate:
+        if self.causal:
+            return collate_causal
+        if layout.packing:
+            return partial(collate_packed, pad_id=self.pad_id, row_tokens=self.row_tokens)
+        return partial(collate_padded, pad_id=self.pad_id)
 
 
 def open_corpus(configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase) -> Corpus:
@@ -74,37 +133,79 @@ def open_corpus(configuration: PretrainConfiguration, tokenizer: PreTrainedToken
         UserError: a file is missing or damaged, was made with another vocabulary, holds no pair although the objective
             wants pairs, or the split leaves nothing.
     """
-    data, objective, seed = configuration.data, configuration.objective, configuration.training.seed
-    rules = SampleRules(seed, data.row_tokens, data.short_share, objective.pair != "none")
-    vocabulary = tokenizer.get_vocab()
-    cls, sep, pad = (vocabulary[_token(tokenizer, name)] for name in ("cls_token", "sep_token", "pad_token"))
-    masker = Masker.of_vocabulary(
-        vocabulary,
-        tokenizer.all_special_tokens,
-        _token(tokenizer, "mask_token"),
-        share=objective.mask_share,
-        max_words=objective.max_masked_words,
-    )
-
-    def part(reader: IndexedReader, documents: IntArray) -> Part:
-        return Part(SampleBuilder(reader, rules, masker, cls, sep), documents)
-
-    reader = _open(data.tokens, tokenizer)
+    data, objective = configuration.data, configuration.objective
+    causal = objective.kind == "causal"
+    readers = [_open(corpus.prefix, tokenizer) for corpus in data.corpora]
     held_apart = _open(data.validation, tokenizer) if data.validation else None
-    training, validation = split_documents(reader, 0.0 if held_apart else data.validation_share, seed)
-    corpus = Corpus(
-        training=part(reader, training),
-        validation=part(held_apart, np.arange(len(held_apart.documents) - 1)) if held_apart
-        else part(reader, validation) if len(validation) else None,
-        pad_id=pad,
-    )  # fmt: skip
-    first = corpus.training.index(0)
-    if rules.pairs and not first.num_pairs:
-        raise UserError(
-            f"{data.tokens}: none of its {len(first):,} samples has two sentences, so there is no pair to learn from; "
-            f"set objective.pair=none, or preprocess text whose documents have several sentences"
-        )
+    share, seed = 0.0 if held_apart else data.validation_share, configuration.training.seed
+    split = [split_documents(reader, share, seed, corpus) for corpus, reader in enumerate(readers)]
+    make = _Maker.of(configuration, tokenizer)
+    weights = [corpus.weight for corpus in data.corpora]
+    training = make.part([(reader, chosen) for reader, (chosen, _) in zip(readers, split, strict=True)], weights)
+    held_out = [(reader, chosen) for reader, (_, chosen) in zip(readers, split, strict=True) if len(chosen)]
+    if held_apart:
+        held_out = [(held_apart, np.arange(len(held_apart.documents) - 1))]
+    validation = make.part(held_out, [1.0] * len(held_out)) if held_out else None
+    corpus = Corpus(training, validation, data.row_tokens, make.pad_id, causal)
+    if not causal and objective.pair != "none":
+        _refuse_without_pairs(corpus, [str(reader.prefix) for reader in readers], objective.pair)
     return corpus
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes parts for one objective and tokenizer."""
+
+    rules: SampleRules
+    masker: Masker | None  # None: the causal objective
+    cls_id: int
+    sep_id: int
+    pad_id: int
+
+    @classmethod
+    def of(cls, configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase) -> Self:
+        data, objective = configuration.data, configuration.objective
+        vocabulary = tokenizer.get_vocab()
+        tokens = [_token(tokenizer, name) for name in ("cls_token", "sep_token", "pad_token", "mask_token")]
+        masker = None
+        if objective.kind == "masked":
+            masker = Masker.of_vocabulary(
+                vocabulary,
+                tokenizer.all_special_tokens,
+                tokens[3],
+                share=objective.mask_share,
+                max_words=objective.max_masked_words,
+                segmenter=ChineseWords(vocabulary) if objective.chinese_segmenter == "jieba" else None,
+            )
+        rules = SampleRules(configuration.training.seed, data.row_tokens, data.short_share, objective.pair)
+        return cls(rules, masker, *(vocabulary[token] for token in tokens[:3]))
+
+    def part(self, documents: Sequence[tuple[IndexedReader, IntArray]], weights: Sequence[float]) -> Part:
+        """The given documents of each token file."""
+        index_type = CausalIndex if self.masker is None else PairIndex
+        index_of: list[Callable[[int], PairIndex | CausalIndex]] = []
+        builders: list[Builder] = []
+        for corpus, (reader, chosen) in enumerate(documents):
+            rules = replace(self.rules, corpus=corpus)
+            index_of.append(partial(index_type, reader, chosen, rules))
+            tokens = TokenFile.of(reader)
+            builders.append(
+                CausalBuilder(tokens, rules, self.sep_id, self.pad_id)
+                if self.masker is None
+                else MaskedBuilder(tokens, rules, self.masker, self.cls_id, self.sep_id)
+            )
+        return Part(Blend(index_of, weights), tuple(builders))
+
+
+def _refuse_without_pairs(corpus: Corpus, names: Sequence[str], pair: Pair) -> None:
+    indexes = corpus.training.indexes()
+    if any(index.num_pairs for index in indexes if isinstance(index, PairIndex)):
+        return
+    lacks = "has two sentences" if pair == "sentence-order" else "has two sentences and another document beside it"
+    raise UserError(
+        f"{', '.join(names)}: none of its {sum(map(len, indexes)):,} samples {lacks}, so there is no pair to learn "
+        f"from; set objective.pair=none, or preprocess text whose documents have several sentences"
+    )
 
 
 def _open(prefix: Path, tokenizer: PreTrainedTokenizerBase) -> IndexedReader:
