@@ -6,6 +6,7 @@ samples themselves are made, and put together to tensors, a micro-batch at a tim
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -196,11 +197,20 @@ def training_steps(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the model's stream
+        worker_init_fn=_leave_stopping_to_the_parent,
     )
     batches = iter(loader)
     for first in batches:
         step = plan.planned.popleft()  # the loader hands batches out in the plan's order
         yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    """A cluster's SIGTERM and a terminal's SIGINT reach workers too, but the step at hand still needs them. They end
+    when their parent says so, or is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluation_batches(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -44,9 +44,6 @@ class Part:
 
     blend: Blend[PairIndex | CausalIndex]
     builders: tuple[Builder, ...]
-
-    def index(self, epoch: int) -> Any:  # Until the caller uses Corpus.summary
-        return self.blend.index(0, epoch)
 
     def indexes(self) -> list[PairIndex | CausalIndex]:
         """The first epoch of each corpus."""
@@ -86,13 +83,11 @@ class Corpus:
             num_workers=num_workers, pin_memory=pin,
         )  # fmt: skip
 
-    def validation_batches(self, layout: BatchLayout | int) -> Callable[[], Iterator[Batch]] | None:
+    def validation_batches(self, layout: BatchLayout) -> Callable[[], Iterator[Batch]] | None:
         """Makes a pass over this rank's part of the held-out samples: each once, with the same masks each time."""
         part = self.validation
         if part is None:
             return None
-        if isinstance(layout, int):  # Until the caller hands over a layout
-            layout = BatchLayout(layout, layout)
         num_samples = [len(index) for index in part.indexes()]
         return partial(
             evaluation_batches, self._planner(part, layout), part.builders, self._collate(layout), num_samples

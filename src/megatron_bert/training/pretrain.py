@@ -81,12 +81,13 @@ def pretrain(
     device = _device(configuration.runtime.device)
     tokenizer = load_tokenizer(configuration.data.tokenizer)
     corpus = open_corpus(configuration, tokenizer)
+    layout = corpus.best_layout(_layout(configuration))
     identity = run_identity(configuration, fingerprint(tokenizer.backend_tokenizer))
     with run_locked(folder):
         checkpoint = None if overwrite else _checkpoint(folder, identity, allow)
         state = _state(configuration, tokenizer, checkpoint, device)
         _make_room(configuration, overwrite=overwrite)
-        log.info("%s parameters on %s; %s", f"{state.model.num_parameters():,}", device, _corpus_line(corpus))
+        log.info("%s parameters on %s; %s", f"{state.model.num_parameters():,}", device, corpus.summary(layout))
         stopped_by = None
         if not _is_finished(state, folder, steps):
             about = {
@@ -94,7 +95,7 @@ def pretrain(
                 "identity": identity,
                 "config": state.model.config.to_dict(),
             }
-            stopped_by = _train(state, configuration, corpus, about, progress=progress)
+            stopped_by = _train(state, configuration, corpus, layout, about, progress=progress)
             if not stopped_by:
                 write_model_folder(state.model, tokenizer, folder / "model")
     trained = None if stopped_by else folder / "model"
@@ -166,7 +167,13 @@ def _is_finished(state: TrainState, folder: Path, steps: int) -> bool:
 
 
 def _train(
-    state: TrainState, configuration: PretrainConfiguration, corpus: Corpus, about: Mapping[str, Any], *, progress: bool
+    state: TrainState,
+    configuration: PretrainConfiguration,
+    corpus: Corpus,
+    layout: BatchLayout,
+    about: Mapping[str, Any],
+    *,
+    progress: bool,
 ) -> str | None:
     """Trains until the last step, or until a signal, whose name is returned.
 
@@ -190,7 +197,7 @@ def _train(
             writer.save(snapshot(state, about), first=sink.sync)
 
         try:
-            train(_wire(configuration, state, corpus, save, lambda: stop.received is not None), sink)
+            train(_wire(configuration, state, corpus, layout, save, lambda: stop.received is not None), sink)
         except NotFinite as error:
             raise UserError(
                 f"{error}, so training stopped at step {state.step}: the weights before them are in the newest "
@@ -206,23 +213,27 @@ def _train(
         return stop.received if state.step < steps else None
 
 
+def _layout(configuration: PretrainConfiguration) -> BatchLayout:
+    samples, runtime = configuration.training.batch_samples, configuration.runtime
+    return BatchLayout(samples, min(runtime.micro_batch_samples or samples, samples), packing=runtime.packing)
+
+
 def _wire(
     configuration: PretrainConfiguration,
     state: TrainState,
     corpus: Corpus,
+    layout: BatchLayout,
     save: Callable[[], None],
     stop_requested: Callable[[], bool],
 ) -> Run:
     training, runtime, device = configuration.training, configuration.runtime, state.device
-    micro_samples = min(runtime.micro_batch_samples or training.batch_samples, training.batch_samples)
-    layout = BatchLayout(training.batch_samples, micro_samples)
     model_config = state.model.config
     assert isinstance(model_config, MegatronBertConfig)
     objective = build_objective(
         state.model,
         device,
         precision=training.precision,
-        rows=micro_samples,
+        rows=layout.micro_samples,
         row_tokens=configuration.data.row_tokens,
         recompute=runtime.recompute,
         compiled=should_compile(runtime.compile, device),
@@ -236,7 +247,7 @@ def _wire(
         throughput=Throughput(model_config, device, measured_flops_per_second(device, training.precision)),
         state=state,
         steps=corpus.steps(layout, state.position, num_workers=runtime.num_workers, pin=device.type == "cuda"),
-        validation=corpus.validation_batches(micro_samples),
+        validation=corpus.validation_batches(layout),
         save=save,
         stop_requested=stop_requested,
     )
@@ -252,10 +263,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device cuda: PyTorch finds no CUDA device here; write auto or cpu")
     return device
-
-
-def _corpus_line(corpus: Corpus) -> str:
-    index = corpus.training.index(0)
-    line = f"{len(index):,} samples an epoch ({len(index) - index.num_pairs:,} of one sentence, so without a pair)"
-    held_out = f"{len(corpus.validation.index(0)):,} held out" if corpus.validation else "none held out"
-    return f"{line}, {held_out}"

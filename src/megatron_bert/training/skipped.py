@@ -72,10 +72,10 @@ class SkippedSteps:
             raise NotFinite(f"the loss or the gradient of {worst} steps in a row was not finite")
 
     def _report(self, step: _Step) -> None:
-        samples = [[key.epoch, key.index] for key in step.keys]
+        samples = [[key.corpus, key.epoch, key.index] for key in step.keys]
         self._sink.skipped(step.number, samples)
-        named = ", ".join(f"{epoch}:{index}" for epoch, index in samples[:_NAMED_SAMPLES])
+        named = ", ".join(":".join(map(str, sample)) for sample in samples[:_NAMED_SAMPLES])
         more = f" and {len(samples) - _NAMED_SAMPLES} more, see the metrics" if len(samples) > _NAMED_SAMPLES else ""
         log.warning(
-            "step %d skipped: loss or gradient not finite; samples (epoch:index) %s%s", step.number, named, more
+            "step %d skipped: loss or gradient not finite; samples (corpus:epoch:index) %s%s", step.number, named, more
         )
