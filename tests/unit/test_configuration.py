@@ -42,8 +42,33 @@ def test_overrides_are_put_in_and_validated(tmp_path: Path) -> None:
     assert configuration.output == Path("else/where")
 
 
+def test_a_blend_of_corpora(tmp_path: Path) -> None:
+    configuration = load(tmp_path, "data.tokens=[{prefix: a, weight: 3}, {prefix: b, weight: 1}]")
+    assert [(str(corpus.prefix), corpus.weight) for corpus in configuration.data.corpora] == [("a", 3.0), ("b", 1.0)]
+    assert [(str(corpus.prefix), corpus.weight) for corpus in load(tmp_path).data.corpora] == [("text", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.pair=none", "kind=causal has neither masks nor pairs; leave pair out"),
+        ("objective.mask_share=0.2", "leave mask_share out"),
+        ("objective.chinese_segmenter=jieba", "leave chinese_segmenter out"),
+        ("runtime.packing=true", r"runtime\.packing: rows of the causal objective are always full"),
+    ],
+)
+def test_the_causal_objective_takes_no_option_that_would_do_nothing(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    causal = load(tmp_path, "objective.kind=causal")
+    (tmp_path / "resolved.yaml").write_text(causal.as_yaml())
+    assert load_configuration(tmp_path / "resolved.yaml") == causal
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, "objective.kind=causal", override)
+
+
 def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
-    configuration = load(tmp_path, "data.validation=other")
+    configuration = load(tmp_path, "data.validation=other", "data.tokens=[{prefix: a, weight: 3}]")
     (tmp_path / "resolved.yaml").write_text(configuration.as_yaml())
     assert load_configuration(tmp_path / "resolved.yaml") == configuration
 
@@ -66,6 +91,20 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
         ("data.tokens=null", r"data\.tokens.*: Input is not a valid path"),
         ("model=5", r"model: Input should be a valid dictionary"),
+        (
+            "data.tokens=[{prefix: a, weight: 0}]",
+            r"data\.tokens\.blend\.0\.weight: Input should be greater than 0, not 0",
+        ),
+        ("data.tokens=[{prefix: a, weight: -0.5}]", r"weight: Input should be greater than 0, not -0\.5"),
+        ("data.tokens=[{prefix: a, weight: .nan}]", r"weight: Input should be .* not nan"),
+        ("data.tokens=[{prefix: a}]", r"data\.tokens\.blend\.0\.weight is missing"),
+        (
+            "data.tokens=[{prefix: a, weight: 1, wieght: 1}]",
+            r"unknown key data\.tokens\.blend\.0\.wieght \(did you mean data\.tokens\.blend\.0\.weight\?\)",
+        ),
+        ("data.tokens=[]", r"data\.tokens\.blend: List should have at least 1 item"),
+        ("objective.kind=causl", r"objective\.kind: Input should be 'masked' or 'causal', not 'causl'"),
+        ("objective.pair=next", r"objective\.pair: Input should be 'sentence-order', 'next-sentence' or 'none'"),
         ("output.folder=5", r"--set output\.folder=5: output is not a section"),
         ("training.steps", r"--set training\.steps: write section\.key=value"),
         ("=5", "write section.key=value"),

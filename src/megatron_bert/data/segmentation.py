@@ -1,12 +1,12 @@
 """Chinese whole words. BERT's tokenizer makes each Chinese character a token, so which characters make a word has to be
 found again: the run of character tokens is spelled out, cut into words, and every character but a word's first one
-continues it. As in Cui et al. 2019 (arXiv 1906.08101), which masks Chinese by whole words; the words are jieba's.
+continues it. As in Cui et al. 2019 (arXiv 1906.08101), which masks Chinese by whole words; the words are jieba's (its
+dictionary and method), found by rjieba, which is forty times as fast as jieba itself.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -31,7 +31,7 @@ class ChineseWords:
         vocabulary: token -> id.
 
     Raises:
-        UserError: jieba is not installed, or the vocabulary has no Chinese characters.
+        UserError: rjieba is not installed, or the vocabulary has no Chinese characters.
     """
 
     def __init__(self, vocabulary: dict[str, int]) -> None:
@@ -64,13 +64,10 @@ class ChineseWords:
 
 def _load_jieba() -> Callable[[str], Sequence[str]]:
     try:
-        jieba = importlib.import_module("jieba")
+        rjieba = importlib.import_module("rjieba")
     except ImportError as error:
         raise UserError(
-            "objective.chinese_segmenter=jieba needs the package jieba: pip install 'megatron-bert[chinese]'"
+            "objective.chinese_segmenter=jieba needs the package rjieba: pip install 'megatron-bert[chinese]'"
         ) from error
-    jieba.setLogLevel(logging.WARNING)
-    words = jieba.Tokenizer()  # a dictionary of our own: another program's entries would change the samples
-    words.initialize()
-    cut: Callable[[str], Sequence[str]] = words.lcut
+    cut: Callable[[str], Sequence[str]] = rjieba.Jieba().cut  # its own dictionary, which nobody else adds to
     return cut

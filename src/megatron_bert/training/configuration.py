@@ -269,6 +269,8 @@ def _nearest(path: list[str]) -> str:
     """`` (did you mean ...?)``: the most similar name, first among the same section's keys, then among all."""
     sections = _sections()
     own = sections.get(path[0], []) if len(path) > 1 else list(PretrainConfiguration.model_fields)
+    if path[:2] == ["data", "tokens"]:
+        own = list(WeightedCorpus.model_fields)
     prefix = ".".join(path[:-1])
     found = difflib.get_close_matches(path[-1], own, n=1)
     if found:
