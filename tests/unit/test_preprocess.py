@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from megatron_bert.data import preprocess as module
+from megatron_bert.data import reading
 from megatron_bert.data.indexed import IndexedReader
 from megatron_bert.data.preprocess import preprocess
 from megatron_bert.data.sentences import SentenceSplitter
@@ -53,11 +54,11 @@ def by_a_plain_loop(folder: Path, documents: list[str]) -> list[list[list[int]]]
     return [kept for document in encoded if (kept := [sentence for sentence in document if sentence])]
 
 
-@pytest.mark.parametrize("batch_characters", [1, 60, 1 << 20])
+@pytest.mark.parametrize("block_bytes", [1, 60, 1 << 20])
 def test_tokens_are_those_of_a_plain_loop(
-    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, batch_characters: int
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", batch_characters)
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", block_bytes)
     report = run(tmp_path, tokenizer_folder, DOCUMENTS)
     reader = IndexedReader(tmp_path / "out")
     ours = [[reader[s].tolist() for s in range(*reader.documents[d : d + 2])] for d in range(len(reader.documents) - 1)]
@@ -118,7 +119,7 @@ def test_nothing_is_overwritten_by_accident(tmp_path: Path, tokenizer_folder: Pa
 def test_bad_input_in_the_middle_leaves_nothing(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", 1)
     (tmp_path / "bad.jsonl").write_text('{"text": "fine. fine."}\n{"text": "fine"}\nbroken\n')
     tokenizer = load_tokenizer(tokenizer_folder).backend_tokenizer
     (tmp_path / "deep").mkdir()

@@ -17,9 +17,12 @@ PREFIX.json is ours: which vocabulary made the tokens (see `Provenance`), so tha
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import struct
-from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -42,11 +45,13 @@ _TYPES: dict[int, type[np.number[Any]]] = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
 }  # fmt: skip
 _CODES = {np.dtype(scalar): code for code, scalar in _TYPES.items()}
+_CHUNK_BYTES = 1 << 22
+_CHUNK_SENTENCES = 1 << 20
 _SMALL_VOCABULARY = 65500  # megatron-core's limit for uint16
 
 
 class Provenance(BaseModel):
-    """What PREFIX.json says of a token file: the vocabulary that made it, and its size."""
+    """What PREFIX.json says of a token file: the vocabulary that made it, its size, and which shard it is, if one."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -56,6 +61,7 @@ class Provenance(BaseModel):
     documents: int
     sentences: int
     tokens: int
+    shard: str | None = None  # "2/4": the second of four, to be merged
 
 
 def files_of(prefix: Path) -> tuple[Path, Path, Path]:
@@ -72,22 +78,30 @@ def token_type(vocabulary_size: int) -> np.dtype[Any]:
 class IndexedWriter:
     """Writes a token file aside and gives it its name in `finish`; leaving the block without it removes every trace.
 
-    Memory grows by 4 bytes a sentence and 8 a document; the tokens go straight to the disk.
+    Memory does not grow: tokens, lengths and document borders go straight to the disk. What a killed run left aside is
+    taken over by the next one with this prefix.
 
     Args:
         prefix: the path without its suffix.
         dtype: the type of the tokens on disk, see `token_type`.
+
+    Raises:
+        UserError: another process is writing this token file.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         self.prefix = prefix
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._lengths: list[Int32Array] = []
-        self._ends: list[Int64Array] = []
         self.num_sequences = self.num_documents = self.num_tokens = 0
+        self._covered = 0  # sentences in documents
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = tuple(path.with_name(f".{path.name}.{os.getpid()}.partial") for path in files_of(prefix))
-        self._tokens: BinaryIO = self._aside[0].open("wb")
+        self._aside = tuple(_aside(path) for path in files_of(prefix))
+        names = (self._aside[0], _aside(prefix.with_name(prefix.name + ".lengths")),
+                 _aside(prefix.with_name(prefix.name + ".documents")))  # fmt: skip
+        self._temporary = {*self._aside, *names}
+        self._tokens = names[0].open("ab")
+        _claim(self._tokens, prefix)
+        self._lengths, self._ends = (name.open("w+b") for name in names[1:])
 
     def __enter__(self) -> Self:
         return self
@@ -95,22 +109,31 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._tokens.close()
-        finally:
-            for path in self._aside:
-                path.unlink(missing_ok=True)
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+        for file in (self._lengths, self._ends, self._tokens):
+            with suppress(OSError):  # what its buffer held has no room; that has been said
+                file.close()
 
-    def add(self, tokens: npt.NDArray[Any], lengths: Int32Array, sentences_per_document: Sequence[int]) -> None:
+    def add(self, tokens: npt.NDArray[Any], lengths: Int32Array, sentences_per_document: npt.ArrayLike) -> None:
         """Appends whole documents: their tokens end to end, the length of each sentence, and how many each has."""
+        self.add_sentences(tokens, lengths)
+        self.end_documents(sentences_per_document)
+
+    def add_sentences(self, tokens: npt.NDArray[Any], lengths: Int32Array) -> None:
+        """Appends sentences; `end_documents` says later which documents they make up."""
         assert lengths.sum() == len(tokens)
-        assert sum(sentences_per_document) == len(lengths)
-        self._tokens.write(tokens.astype(self.dtype).tobytes())
-        self._lengths.append(lengths.astype("<i4"))
-        self._ends.append(np.cumsum(sentences_per_document, dtype="<i8") + self.num_sequences)
+        self._tokens.write(tokens.astype(self.dtype, copy=False).data)
+        self._lengths.write(lengths.astype("<i4", copy=False).data)
         self.num_tokens += len(tokens)
         self.num_sequences += len(lengths)
-        self.num_documents += len(sentences_per_document)
+
+    def end_documents(self, sentences_per_document: npt.ArrayLike) -> None:
+        """Lets the next documents have so many of the sentences that were appended."""
+        ends = np.cumsum(sentences_per_document, dtype="<i8") + self._covered
+        self._ends.write(ends.data)
+        self._covered = int(ends[-1]) if len(ends) else self._covered
+        self.num_documents += len(ends)
 
     def finish(self, provenance: Provenance) -> None:
         """Writes the index, waits for the disk, and renames all three files, the index last.
@@ -118,29 +141,49 @@ class IndexedWriter:
         Raises:
             OSError: what the file system says; nothing that looks finished is left.
         """
-        self._tokens.close()
-        self._aside[1].write_text(provenance.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        self._write_index(self._aside[2])
+        assert self._covered == self.num_sequences
+        self._tokens.flush()
+        self._aside[1].write_text(provenance.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+        with self._aside[2].open("wb") as index:
+            self._write_index(index)
         final = files_of(self.prefix)
+        for aside in self._aside:
+            sync(aside)
         final[2].unlink(missing_ok=True)
         for aside, path in zip(self._aside, final, strict=True):
-            sync(aside)
             os.replace(aside, path)
 
-    def _write_index(self, path: Path) -> None:
+    def _write_index(self, index: BinaryIO) -> None:
         code = _CODES[self.dtype.newbyteorder("=")]
-        with path.open("wb") as index:
-            index.write(_HEADER.pack(_MAGIC, 1, code, self.num_sequences, self.num_documents + 1))
-            for lengths in self._lengths:
-                index.write(lengths.tobytes())
-            start = 0
-            for lengths in self._lengths:
-                ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize + start
-                index.write((ends - lengths.astype("<i8") * self.dtype.itemsize).tobytes())
-                start = int(ends[-1]) if len(ends) else start
-            index.write(struct.pack("<q", 0))
-            for sentence_ends in self._ends:
-                index.write(sentence_ends.astype("<i8").tobytes())
+        index.write(_HEADER.pack(_MAGIC, 1, code, self.num_sequences, self.num_documents + 1))
+        self._lengths.seek(0)
+        shutil.copyfileobj(self._lengths, index, _CHUNK_BYTES)
+        self._lengths.seek(0)
+        start = 0
+        while chunk := self._lengths.read(_CHUNK_BYTES):
+            sizes = np.frombuffer(chunk, "<i4").astype("<i8") * self.dtype.itemsize
+            ends = np.cumsum(sizes, dtype="<i8") + start
+            index.write((ends - sizes).data)
+            start = int(ends[-1])
+        index.write(struct.pack("<q", 0))
+        self._ends.seek(0)
+        shutil.copyfileobj(self._ends, index, _CHUNK_BYTES)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _claim(file: BinaryIO, prefix: Path) -> None:
+    """Makes `file`, opened to append, empty and ours until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"another process is writing {prefix}; wait for it or choose another --output") from error
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
 
 
 class IndexedReader:
@@ -148,7 +191,6 @@ class IndexedReader:
 
     Attributes:
         lengths: int32 [S], tokens of each sentence.
-        starts: int64 [S], where each starts in `tokens`.
         documents: int64 [D + 1], the sentence at which each of the D documents starts, and at the end S.
         tokens: all tokens, one after the other.
         provenance: what PREFIX.json says, or None for a file that another program wrote.
@@ -175,10 +217,9 @@ class IndexedReader:
             )
         at = _HEADER.size
         self.lengths = cast(Int32Array, np.frombuffer(index, "<i4", num_sequences, at))
-        pointers = np.frombuffer(index, "<i8", num_sequences, at + 4 * num_sequences)
+        self._pointers = np.frombuffer(index, "<i8", num_sequences, at + 4 * num_sequences)
         self.documents = cast(Int64Array, np.frombuffer(index, "<i8", num_documents, at + 12 * num_sequences))
         self.tokens = _map_tokens(tokens_path, dtype)
-        self.starts = pointers // dtype.itemsize
         self._check(index_path, tokens_path)
         self.provenance = _read_provenance(provenance_path)
 
@@ -189,23 +230,31 @@ class IndexedReader:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def starts(self) -> Int64Array:
+        """int64 [S], where each sentence starts in `tokens`; unlike the rest it is held in memory."""
+        return cast(Int64Array, self._pointers // self.tokens.dtype.itemsize)
+
     def __getitem__(self, sentence: int) -> npt.NDArray[Any]:
         """The tokens of one sentence, a view into the file."""
-        start = int(self.starts[sentence])
+        start = int(self._pointers[sentence]) // self.tokens.dtype.itemsize
         return self.tokens[start : start + int(self.lengths[sentence])]
 
     def _check(self, index_path: Path, tokens_path: Path) -> None:
         documents = self.documents
         if not len(documents) or documents[0] != 0 or documents[-1] != len(self) or (np.diff(documents) < 0).any():
             raise UserError(f"{index_path} contradicts itself: its documents do not cover its {len(self):,} sentences")
-        if not len(self):
-            return
-        ends = self.starts + self.lengths
-        if (self.lengths < 0).any() or self.starts[0] < 0 or (ends[:-1] != self.starts[1:]).any():
-            raise UserError(f"{index_path} contradicts itself: its sentences do not follow one another")
-        if int(ends.max()) > len(self.tokens):
+        end = 0
+        for at in range(0, len(self), _CHUNK_SENTENCES):
+            sizes = self.lengths[at : at + _CHUNK_SENTENCES].astype(np.int64) * self.tokens.dtype.itemsize
+            ends = np.cumsum(sizes) + end
+            if (sizes < 0).any() or (self._pointers[at : at + _CHUNK_SENTENCES] != ends - sizes).any():
+                raise UserError(f"{index_path} contradicts itself: its sentences do not follow one another")
+            end = int(ends[-1])
+        wanted = end // self.tokens.dtype.itemsize
+        if wanted > len(self.tokens):
             raise UserError(
-                f"{tokens_path} is truncated: {len(self.tokens):,} of {int(ends.max()):,} tokens; "
+                f"{tokens_path} is truncated: {len(self.tokens):,} of {wanted:,} tokens; "
                 f"run megatron-bert preprocess again"
             )
 

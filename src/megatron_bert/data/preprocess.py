@@ -2,37 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
+from megatron_bert.data.encoding import SentenceEncoder
 from megatron_bert.data.files import refuse_to_overwrite
 from megatron_bert.data.indexed import IndexedWriter, Provenance, files_of, token_type
+from megatron_bert.data.progress import InputProgress
+from megatron_bert.data.reading import Block, read_blocks
 from megatron_bert.data.sentences import SentenceSplitter
-from megatron_bert.data.text import Document, read_documents
+from megatron_bert.data.shards import WHOLE, Shard
+from megatron_bert.data.text import parse_block
 from megatron_bert.data.vocabulary import fingerprint
+from megatron_bert.data.workers import ordered_map
 from megatron_bert.errors import UserError
 
-__all__ = ["EncodedDocuments", "Report", "encode_documents", "preprocess"]
-
-_BATCH_CHARACTERS = 1 << 20  # of documents that are tokenized together: enough to keep every core busy
+__all__ = ["BlockEncoder", "EncodedBlock", "Report", "preprocess"]
 
 
-class EncodedDocuments(NamedTuple):
-    """Documents as the token file holds them; one with no token left has 0 sentences and is dropped by the writer.
+class EncodedBlock(NamedTuple):
+    """A block's documents as the token file holds them.
 
-    tokens: int32 [T] end to end; lengths: int32 [S] of each sentence; sentences: int64 [D] of each document.
+    tokens: [T] end to end; lengths: int32 [S] of each sentence; sentences: int64 [D] of each document, 0 for one
+    without a token; begins_inside, ends_inside: see `Documents`; dropped: documents left out, by reason;
+    consumed_bytes: see `Block`.
     """
 
-    tokens: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
     sentences: npt.NDArray[np.int64]
+    begins_inside: bool
+    ends_inside: bool
+    dropped: Counter[str]
+    file: Path
+    consumed_bytes: int
+
+
+class BlockEncoder:
+    """Parses, splits into sentences and tokenizes a block. It depends on nothing but its arguments, so that any
+    worker may do any block.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, splitter: SentenceSplitter, json_key: str = "text", *, skip_bad: bool = False
+    ) -> None:
+        self._encoder = SentenceEncoder(tokenizer, token_type(tokenizer.get_vocab_size()))
+        self._splitter = splitter
+        self._json_key = json_key
+        self._skip_bad = skip_bad
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """The documents of `block`, without special tokens, nothing truncated. A sentence without any token (control
+        characters only) vanishes.
+
+        Raises:
+            UserError: see `parse_block`.
+        """
+        documents = parse_block(block, self._json_key, skip_bad=self._skip_bad)
+        sentences = [self._splitter.split(text) for text in documents.texts]
+        tokens, lengths = self._encoder.encode(sentence for of_document in sentences for sentence in of_document)
+        ends = np.cumsum([len(of_document) for of_document in sentences], dtype=np.int64)
+        filled = np.concatenate([[0], np.cumsum(lengths > 0)])
+        return EncodedBlock(
+            tokens, lengths[lengths > 0], np.diff(filled[ends], prepend=0), documents.begins_inside,
+            documents.ends_inside, documents.dropped, block.file, block.consumed_bytes,
+        )  # fmt: skip
 
 
 @dataclass
@@ -44,7 +87,7 @@ class Report:
     tokens: int = 0
     unknown_tokens: int = 0
     one_sentence_documents: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
 
     @property
     def unknown_share(self) -> float:
@@ -57,47 +100,66 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for a person."""
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "none"
         return [
-            f"documents  {self.documents:,} (of one sentence: {self.one_sentence_documents:,}; dropped: {dropped})",
+            f"documents  {self.documents:,} (of one sentence: {self.one_sentence_documents:,}; "
+            f"dropped: {self.dropped_line() or 'none'})",
             f"sentences  {self.sentences:,}",
             f"tokens     {self.tokens:,}",
             f"unknown    {self.unknown_tokens:,} tokens, {100 * self.unknown_share:.3f} %",
         ]
 
+    def dropped_line(self) -> str:
+        """`3 empty, 1 null`, or nothing."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items()))
+
 
 def preprocess(
-    files: Iterable[Path],
+    files: Sequence[Path],
     tokenizer: Tokenizer,
     tokenizer_name: str,
     prefix: Path,
     *,
     splitter: SentenceSplitter,
     json_key: str = "text",
+    num_workers: int = 0,
+    shard: Shard = WHOLE,
+    skip_bad: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Report:
     """Writes the token file `prefix` (.bin, .json, .idx) from the documents of `files`; memory does not grow with them.
 
+    Args:
+        num_workers: processes that parse and tokenize; 0 does it in this one. The output is the same.
+        shard: which part of the input; an empty part makes an empty token file.
+        skip_bad: bad documents are dropped and counted, see `parse_block`.
+
     Raises:
-        UserError: the output exists, an input is bad (see `read_documents`), or nothing is left to write.
+        UserError: the output exists or is being written, an input is bad (see `read_blocks`, `parse_block`), or
+            nothing is left to write.
         OSError: what the file system says. In every case nothing that looks finished is left behind.
     """
     refuse_to_overwrite(list(files_of(prefix)), overwrite=overwrite)
-    tokenizer = _for_raw_text(tokenizer)
-    unknown = tokenizer.token_to_id("[UNK]")
     size = tokenizer.get_vocab_size()
+    spans = shard.spans(files)
     report = Report()
-    bar = tqdm(unit=" documents", unit_scale=True, disable=None if progress else True, delay=2)
-    with bar, IndexedWriter(prefix, token_type(size)) as writer:
-        for batch in _batches(document for file in files for document in read_documents(file, json_key)):
-            encoded = encode_documents(batch, tokenizer, splitter)
-            _count(report, encoded, unknown)
-            writer.add(encoded.tokens, encoded.lengths, encoded.sentences[encoded.sentences > 0].tolist())
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{report.tokens:,} tokens")
-        if not report.tokens:
-            raise UserError("the input holds no text: " + (_dropped_all(report) or "every file is empty"))
+    blocks = (block for span in spans for block in read_blocks(span, json_key))
+    encoder = partial(BlockEncoder, tokenizer, splitter, json_key, skip_bad=skip_bad)
+    with (
+        IndexedWriter(prefix, token_type(size)) as writer,
+        InputProgress(spans, show=progress) as shown,
+        closing(ordered_map(encoder, blocks, num_workers)) as encoded_blocks,
+    ):
+        joiner = _Joiner(writer, report, tokenizer.token_to_id("[UNK]"))
+        for encoded in encoded_blocks:
+            joiner.add(encoded)
+            shown.update(encoded.file, encoded.consumed_bytes, documents=report.documents, tokens=report.tokens)
+        joiner.end()
+        if not report.tokens and shard == WHOLE:
+            dropped = report.dropped_line()
+            raise UserError(
+                f"the input holds no text: {f'all documents were dropped ({dropped})' if dropped else 'every file is empty'}"
+            )
         writer.finish(
             Provenance(
                 fingerprint=fingerprint(tokenizer),
@@ -106,59 +168,46 @@ def preprocess(
                 documents=report.documents,
                 sentences=report.sentences,
                 tokens=report.tokens,
+                shard=None if shard == WHOLE else str(shard),
             )
         )
     return report
 
 
-def encode_documents(documents: list[Document], tokenizer: Tokenizer, splitter: SentenceSplitter) -> EncodedDocuments:
-    """The documents split into sentences and tokenized in one batch, without special tokens, nothing truncated.
+class _Joiner:
+    """Writes blocks, joins documents that span several, and counts."""
 
-    A sentence without any token (control characters only) vanishes. It depends on nothing but its arguments, so any
-    worker may do any batch.
-    """
-    sentences = [splitter.split(document.text) for document in documents]
-    flat = [sentence for of_document in sentences for sentence in of_document]
-    ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(flat, add_special_tokens=False)]
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    tokens = np.fromiter((token for of_sentence in ids for token in of_sentence), np.int32, int(lengths.sum()))
-    ends = np.cumsum([len(of_document) for of_document in sentences], dtype=np.int64)
-    filled = np.concatenate([[0], np.cumsum(lengths > 0)])
-    return EncodedDocuments(tokens, lengths[lengths > 0], np.diff(filled[ends], prepend=0))
+    def __init__(self, writer: IndexedWriter, report: Report, unknown: int | None) -> None:
+        self._writer = writer
+        self._report = report
+        self._unknown = unknown
+        self._open: int | None = None  # sentences so far of the document that goes on in the next block
 
+    def add(self, encoded: EncodedBlock) -> None:
+        report = self._report
+        sentences = encoded.sentences.tolist()
+        if self._open is not None:
+            if encoded.begins_inside:
+                sentences[0] += self._open
+            else:
+                sentences.insert(0, self._open)
+        self._open = sentences.pop() if encoded.ends_inside else None
+        self._writer.add_sentences(encoded.tokens, encoded.lengths)
+        self._end_documents(sentences)
+        report.sentences += len(encoded.lengths)
+        report.tokens += len(encoded.tokens)
+        report.dropped += encoded.dropped
+        if self._unknown is not None:
+            report.unknown_tokens += int(np.count_nonzero(encoded.tokens == self._unknown))
 
-def _for_raw_text(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that never cuts or pads, and for which a "[MASK]" that somebody wrote is text and not the mask."""
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
-    copy.encode_special_tokens = True
-    return copy
+    def end(self) -> None:
+        """Ends the document that no block went on with."""
+        if self._open is not None:
+            self._end_documents([self._open])
 
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    held: list[Document] = []
-    characters = 0
-    for document in documents:
-        held.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield held
-            held, characters = [], 0
-    if held:
-        yield held
-
-
-def _count(report: Report, encoded: EncodedDocuments, unknown: int | None) -> None:
-    empty = int((encoded.sentences == 0).sum())
-    if empty:
-        report.dropped["empty"] = report.dropped.get("empty", 0) + empty
-    report.documents += len(encoded.sentences) - empty
-    report.one_sentence_documents += int((encoded.sentences == 1).sum())
-    report.sentences += len(encoded.lengths)
-    report.tokens += len(encoded.tokens)
-    report.unknown_tokens += int((encoded.tokens == unknown).sum()) if unknown is not None else 0
-
-
-def _dropped_all(report: Report) -> str:
-    return ", ".join(f"{count:,} documents are {reason}" for reason, count in report.dropped.items())
+    def _end_documents(self, sentences: list[int]) -> None:
+        kept = [number for number in sentences if number]
+        self._writer.end_documents(kept)
+        self._report.documents += len(kept)
+        self._report.one_sentence_documents += kept.count(1)
+        self._report.dropped += Counter(empty=len(sentences) - len(kept))

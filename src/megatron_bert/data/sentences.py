@@ -10,6 +10,9 @@ from megatron_bert.errors import UserError
 
 __all__ = ["SentenceSplitter"]
 
+_LONG_RUN = 1024  # characters without white space
+_PART_OF_RUN = re.compile(r"(\S{512,}?[。！？｡.!?]+[」』”’）》)\]]*)")
+
 
 class SentenceSplitter:
     """Splits documents into sentences.
@@ -34,5 +37,8 @@ class SentenceSplitter:
         """The sentences of `text` in order, without the white space around them; none for blank text."""
         if self.wrapped_lines:
             text = text.replace("\n", " ")
+        if max(map(len, text.split()), default=0) > _LONG_RUN:
+            # sentencex takes time in the square of such a run: 20 s for a Chinese novel's page-long line.
+            text = _PART_OF_RUN.sub(r"\1\n", text)
         pieces = (line for sentence in sentencex.segment(self.language, text) for line in sentence.splitlines())
         return [stripped for piece in pieces if (stripped := piece.strip())]

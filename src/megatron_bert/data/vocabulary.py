@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm import tqdm
 
 from megatron_bert.data.files import written_aside
-from megatron_bert.data.text import read_documents
+from megatron_bert.data.text import read_texts
 from megatron_bert.errors import UserError
 
 __all__ = ["SPECIAL_TOKENS", "VocabularyOptions", "fingerprint", "train_vocabulary", "write_tokenizer"]
@@ -106,9 +106,8 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _lines(files: Iterable[Path], json_key: str) -> Iterator[str]:
-    for file in files:
-        for document in read_documents(file, json_key):
-            yield from document.text.splitlines()
+    for text, _ in read_texts(files, json_key):
+        yield from text.splitlines()
 
 
 def _empty(options: VocabularyOptions, vocabulary: dict[str, int] | None = None) -> Tokenizer:
