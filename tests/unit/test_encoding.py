@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import random
 from itertools import islice
 from pathlib import Path
@@ -13,25 +14,18 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer, normalizers, pre_token
 from megatron_bert.data import encoding
 from megatron_bert.data.encoding import SentenceEncoder, piece_splitter
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = Path(os.environ.get("MEGATRON_BERT_DATA", "../shared/data"))
 # Marks that go to the letter before them, letters that change with their neighbours or grow in lower case, odd white
 # space and control characters, Chinese of all blocks, Hangul that falls apart, pictures of several characters.
 CHARACTERS = [
     *"abcABCxyzÅåéÉßẞıİΣσςﬁǅ .,;:!?'\"-_()[]{}<>#@`~^|\\/+=$%&*0123456789",
     *"\u0301\u0308\u0323\u3099\u093c \u00a0\u2003\u2028\u3000\u1680\t\r\n\x0b\x0c\x1c\x85\x00\x01\u200b\u200d\ufeff",
-    *"中文語言模型㐀豈\U00020000\U0002a6df\U0002b820\uf900。，、！？「」“”—…·", *"한글ñ각", *"हिन्दी", *"🙂👩‍👩‍👧🇸🇪", "\ufffd",
+    *"中文語言模型㐀豈\U00020000\U0002a6df\U0002b820\uf900。，、！？「」“”—…·", *"한글ñ각", *"हिन्दी",
+    *"🙂👩‍👩‍👧🇸🇪", "\ufffd",
 ]  # fmt: skip
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + sorted(
-    {
-        piece
-        for c in CHARACTERS
-        for low in (c, c.lower(), c.upper())
-        for d in low
-        if d.strip()
-        for piece in (d, "##" + d)
-    }
-    | {"ab", "##bc", "Abc", "e", "##e", "ss", "i", "σ", "##σ", "##ς"}
-)
+_FORMS = [form for c in CHARACTERS for case in (c, c.lower(), c.upper()) for form in case if form.strip()]
+_PIECES = {*_FORMS, *("##" + form for form in _FORMS), "ab", "##bc", "Abc", "ss", "##ss"}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(_PIECES)]
 
 
 def tokenizer(*, lowercase: bool, chinese: bool, accents: bool | None = None) -> Tokenizer:

@@ -203,9 +203,8 @@ def test_bad_documents_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
 def test_a_line_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_BLOCK_BYTES", 64)
     monkeypatch.setattr(reading, "_LONGEST_JSON_LINE_BYTES", 1 << 20)
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "one"}\n{"text": "%s"}\n{"text": "%s"}\nbad' % ("x" * 1_000_000, "x" * 2_000_000)
-    )
+    lines = [json.dumps({"text": text}) for text in ("one", "x" * 1_000_000, "x" * 2_000_000)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "bad"]))
     with pytest.raises(UserError, match=r"a\.jsonl line 3: the line is longer than 1 MiB"):
         texts(tmp_path / "a.jsonl")
     blocks = list(read_blocks(Span(tmp_path / "a.jsonl"), "text"))

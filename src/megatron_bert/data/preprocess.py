@@ -157,9 +157,8 @@ def preprocess(
         joiner.end()
         if not report.tokens and shard == WHOLE:
             dropped = report.dropped_line()
-            raise UserError(
-                f"the input holds no text: {f'all documents were dropped ({dropped})' if dropped else 'every file is empty'}"
-            )
+            why = f"all documents were dropped ({dropped})" if dropped else "every file is empty"
+            raise UserError(f"the input holds no text: {why}")
         writer.finish(
             Provenance(
                 fingerprint=fingerprint(tokenizer),
