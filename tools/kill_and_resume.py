@@ -3,7 +3,8 @@ uninterrupted run: every number in its metrics but the timings, the model, and a
 
     python tools/kill_and_resume.py recipes/demo_cpu.yaml --kills 10 --set runtime.checkpoint_every_steps=50
 
-Every other kill waits for a checkpoint to be half-written. Exit code 0: bit for bit the same.
+The kills are spread over the whole run; every other one waits for a checkpoint to be half-written, and every fifth
+comes while the run is starting. Exit code 0: bit for bit the same.
 """
 
 from __future__ import annotations
@@ -55,10 +56,19 @@ def main() -> int:
     print(f"uninterrupted: {seconds:.1f} s, {begins:.1f} s of them until training begins", flush=True)
 
     moments = random.Random(args.seed)
+    steps, record_seconds = last_step(args.folder / "whole"), seconds / len(records(args.folder / "whole"))
     during_write = 0
     for kill in range(args.kills):
-        life = begins + moments.uniform(0.0, 1.6 * (seconds - begins) / args.kills)
-        during_write += killed_run(launch, args.folder / "killed", life, moments if kill % 2 else None)
+        after_step = int(steps * (kill + moments.random()) / (args.kills + 1))
+        delay = moments.uniform(0.0, begins if kill % 5 == 4 else record_seconds)
+        process = launch(args.folder / "killed")
+        if kill % 5 != 4:
+            wait_for(process, lambda after=after_step: last_step(args.folder / "killed") >= after)
+        time.sleep(delay)
+        if kill % 2:
+            wait_for(process, lambda: bool(unfinished(args.folder / "killed")))
+            time.sleep(moments.uniform(0.0, 0.02))
+        during_write += kill_run(process, args.folder / "killed")
     code = os.waitpid(launch(args.folder / "killed"), 0)[1]
     assert code == 0, "the last start failed"
     print(f"killed {args.kills} times, {during_write} of them while a checkpoint was being written")
@@ -93,18 +103,8 @@ def forker(words: list[str]) -> Launch:
     return launch
 
 
-def killed_run(launch: Launch, output: Path, life_seconds: float, half_written: random.Random | None) -> bool:
-    """Starts the run and kills it after `life_seconds`, or as soon afterwards as a checkpoint is half-written.
-
-    Returns:
-        whether it left one half-written.
-    """
-    end = time.monotonic() + life_seconds
-    process = launch(output)
-    wait_for(process, lambda: time.monotonic() > end)
-    if half_written:
-        wait_for(process, lambda: bool(unfinished(output)))
-        time.sleep(half_written.uniform(0.0, 0.02))
+def kill_run(process: int, output: Path) -> bool:
+    """Kills the run; returns whether it left a checkpoint half-written."""
     os.kill(process, signal.SIGKILL)
     status = os.waitpid(process, 0)[1]
     assert os.WIFSIGNALED(status), "the run ended before it could be killed: give it more steps"
@@ -116,7 +116,7 @@ def killed_run(launch: Launch, output: Path, life_seconds: float, half_written: 
 def wait_for(process: int, condition: Callable[[], bool]) -> float:
     """Waits until the condition holds, or the process ends; returns when."""
     while not condition() and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.0005)
+        time.sleep(0.001)
     return time.monotonic()
 
 
@@ -127,7 +127,10 @@ def unfinished(output: Path) -> list[Path]:
 
 def last_step(output: Path) -> int:
     """The last step that the metrics know."""
-    lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
+    file = output / "metrics.jsonl"
+    lines = (
+        [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    )
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
