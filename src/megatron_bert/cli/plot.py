@@ -1,4 +1,4 @@
-"""Draw the curves of a pretraining run: losses, accuracies, gradient norm, learning rate, speed.
+"""Draw the curves of a pretraining run: losses, accuracies, gradient norm, tokens a second.
 
 The run may be finished, stopped or still going.
 """

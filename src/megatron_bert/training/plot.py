@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_bert.data.files import written_aside
 from megatron_bert.errors import UserError
 
-__all__ = ["plot_run"]
+__all__ = ["NothingToPlot", "plot_run"]
 
 Records = Sequence[dict[str, Any]]
 
@@ -22,10 +22,12 @@ _PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("loss (nats)", {"masked_lm_loss": "token", "pair_loss": "pair"}, False),
     ("predicted right (share)", {"masked_lm_accuracy": "token", "pair_accuracy": "pair"}, False),
     ("gradient norm, before clipping", {"gradient_norm": "norm"}, True),
-    ("learning rate", {"learning_rate": "rate"}, False),
     ("tokens per second", {"tokens_per_second": "tokens"}, False),
-    ("share of the time", {"mfu": "MFU", "data_waiting_share": "waiting for data"}, False),
 )
+
+
+class NothingToPlot(UserError):
+    """A run has no training record yet."""
 
 
 def plot_run(run: Path, picture: Path | None = None) -> Path:
@@ -38,15 +40,17 @@ def plot_run(run: Path, picture: Path | None = None) -> Path:
         the picture's path.
 
     Raises:
-        UserError: the folder has no metrics, or nothing in them yet.
+        NothingToPlot: there is no training record yet.
+        UserError: the folder has no metrics, or they are damaged.
         OSError: what the file system says.
     """
     records = _read(run / "metrics.jsonl")
     training, validation = ([record for record in records if record["kind"] == kind] for kind in _KINDS)
     if not training:
-        raise UserError(f"{run / 'metrics.jsonl'} has no training record yet; wait for runtime.log_every_steps steps")
-    figure = Figure(figsize=(12, 10), layout="constrained")
-    for axes, (title, names, logarithmic) in zip(figure.subplots(3, 2).flat, _PANELS, strict=True):
+        raise NothingToPlot(f"{run / 'metrics.jsonl'} has no training record yet: see runtime.log_every_steps")
+    figure = Figure(figsize=(11, 7))
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.88, wspace=0.18, hspace=0.36)
+    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         _draw(axes, names, training, validation)
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -56,7 +60,7 @@ def plot_run(run: Path, picture: Path | None = None) -> Path:
     figure.suptitle(str(run))
     target = picture or run / "curves.png"
     with written_aside(target) as aside:
-        figure.savefig(aside, format="png", dpi=100)
+        figure.savefig(aside, format="png", dpi=90)
     return target
 
 

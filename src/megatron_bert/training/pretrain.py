@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_bert.training.loop import Run, train
 from megatron_bert.training.metrics import MetricsSink
 from megatron_bert.training.network import build_network, empty_network
 from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.plot import NothingToPlot, plot_run
 from megatron_bert.training.resume import refuse_changes, run_identity
 from megatron_bert.training.skipped import NotFinite
 from megatron_bert.training.state import TrainState, restore, snapshot
@@ -63,7 +65,7 @@ def pretrain(
     configuration: PretrainConfiguration, *, overwrite: bool = False, allow: Sequence[str] = (), progress: bool = False
 ) -> Outcome:
     """Trains a model, or goes on with the run that is in the output folder, from its newest good checkpoint. Leaves
-    `output`/model (for Transformers), metrics.jsonl, checkpoints/ and the resolved recipe.yaml.
+    `output`/model (for Transformers), metrics.jsonl, curves.png, checkpoints/ and the resolved recipe.yaml.
 
     SIGTERM and SIGINT end it after the step at hand, which is saved.
 
@@ -98,6 +100,8 @@ def pretrain(
             stopped_by = _train(state, configuration, corpus, layout, about, progress=progress)
             if not stopped_by:
                 write_model_folder(state.model, tokenizer, folder / "model")
+            with suppress(NothingToPlot):
+                plot_run(folder)
     trained = None if stopped_by else folder / "model"
     return Outcome(state.step, steps, stopped_by, trained, folder / "metrics.jsonl", state.validation)
 
