@@ -128,10 +128,8 @@ def unfinished(output: Path) -> list[Path]:
 def last_step(output: Path) -> int:
     """The last step that the metrics know."""
     file = output / "metrics.jsonl"
-    lines = (
-        [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
-    )
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    whole_lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return int(json.loads(whole_lines[-1])["step"]) if whole_lines else 0
 
 
 def compare(whole: Path, killed: Path) -> list[str]:
