@@ -109,12 +109,12 @@ class MicroBatch:
     @classmethod
     def of(cls, batch: Batch, shapes: FixedShapes | None = None) -> Self:
         """From a collated batch in the CPU's memory, padded or packed; with `shapes`, filled up to them."""
+        lengths = _real_lengths(batch)
         if shapes is not None and "cu_seq_lens" not in batch:
             batch = _as_packed(batch, shapes)
         labels, pairs = batch["labels"].flatten(), batch.get("next_sentence_label")
         positions = (labels != IGNORED).nonzero(as_tuple=True)[0]
         targets, num_masked = labels[positions], len(positions)
-        lengths = _real_lengths(batch)
         inputs = {name: batch[name] for name in ("input_ids", "token_type_ids")}
         if "position_ids" in batch:
             inputs["position_ids"] = batch["position_ids"]
