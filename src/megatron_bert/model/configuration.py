@@ -5,22 +5,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-__all__ = ["MegatronBertConfig"]
+from megatron_bert.sharding import transformers_plan
 
-# Which axis of which weight a tensor-parallel run splits (arXiv 1909.08053, section 3), in Transformers' words.
-_LAYER_TP_PLAN = {
-    "encoder.layer.*.attention.self.query": "colwise",
-    "encoder.layer.*.attention.self.key": "colwise",
-    "encoder.layer.*.attention.self.value": "colwise",
-    "encoder.layer.*.attention.output.dense": "rowwise",
-    "encoder.layer.*.intermediate.dense": "colwise",
-    "encoder.layer.*.output.dense": "rowwise",
-}
-_CROSS_ATTENTION_TP_PLAN = {
-    name.replace(".attention.", ".crossattention."): style
-    for name, style in _LAYER_TP_PLAN.items()
-    if ".attention." in name
-}
+__all__ = ["MegatronBertConfig"]
 
 
 @strict
@@ -59,12 +46,7 @@ class MegatronBertConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        cross_attention = _CROSS_ATTENTION_TP_PLAN if self.add_cross_attention else {}
-        self.base_model_tp_plan = {
-            "embeddings.word_embeddings": "embedding_rowwise",
-            **_LAYER_TP_PLAN,
-            **cross_attention,
-        }
+        self.base_model_tp_plan = transformers_plan(head=False, cross_attention=self.add_cross_attention)
 
     def validate_architecture(self) -> None:
         """Refuses head counts that do not divide the hidden size (called by `PreTrainedConfig`'s validation)."""

@@ -33,6 +33,7 @@ from megatron_bert.model.linear import Linear
 from megatron_bert.model.modeling import MegatronBertModel, MegatronBertPreTrainedModel
 from megatron_bert.model.outputs import MegatronBertForPreTrainingOutput
 from megatron_bert.model.packing import PackedLayout
+from megatron_bert.sharding import transformers_plan
 
 __all__ = [
     "MegatronBertForCausalLM",
@@ -131,7 +132,7 @@ class _LanguageModel(HeadModel):
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
-    _tp_plan: ClassVar = {"cls.predictions.decoder": "colwise_gather_output", "cls.predictions.bias": "colwise"}
+    _tp_plan: ClassVar = transformers_plan(head=True)
 
     def get_output_embeddings(self) -> nn.Module:
         """The projection onto the vocabulary."""

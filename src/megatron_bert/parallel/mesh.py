@@ -1,0 +1,81 @@
+"""The ranks of a run as a grid: tensor-parallel inside, data-parallel around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_bert.errors import UserError
+from megatron_bert.parallel.streams import key
+
+__all__ = ["ParallelMesh"]
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """Replicas x shards x tensor ranks. Neighbouring ranks are of one tensor-parallel group: it talks most, and should
+    lie within a node.
+
+    Attributes:
+        device_mesh: of the dimensions `replicate`, `shard` and `tensor`. `replicate` x `shard` are data-parallel:
+            weights, gradients and optimizer states are split over `shard` and are the same over `replicate`.
+    """
+
+    device_mesh: DeviceMesh
+
+    @classmethod
+    def of(cls, *, device_type: str, tensor: int = 1, replicate: int = 1) -> ParallelMesh:
+        """All ranks of the initialised default process group; `shard` takes those that the others leave.
+
+        Raises:
+            UserError: the numbers do not multiply to the number of ranks.
+        """
+        ranks = dist.get_world_size()
+        shard, rest = divmod(ranks, tensor * replicate)
+        if rest or not shard:
+            raise UserError(
+                f"{ranks} processes cannot be split into tensor-parallel groups of {tensor}"
+                + (f" in {replicate} replicas" if replicate > 1 else "")
+                + f": start a multiple of {tensor * replicate}"
+            )
+        return cls(init_device_mesh(device_type, (replicate, shard, tensor), mesh_dim_names=_DIMS))
+
+    @cached_property
+    def tensor(self) -> DeviceMesh:
+        """This rank's tensor-parallel group."""
+        return self.device_mesh["tensor"]
+
+    @cached_property
+    def sharding(self) -> DeviceMesh:
+        """The data-parallel ranks as `fully_shard` takes them: `shard`, or `replicate` x `shard`."""
+        return self.device_mesh["replicate", "shard"] if self.device_mesh.size(0) > 1 else self.device_mesh["shard"]
+
+    @cached_property
+    def data(self) -> DeviceMesh:
+        """The data-parallel ranks in one dimension."""
+        return self.device_mesh["replicate", "shard"]._flatten("data")
+
+    @property
+    def tensor_degree(self) -> int:
+        """Ranks that share one sample."""
+        return self.tensor.size()
+
+    @property
+    def data_degree(self) -> int:
+        """Groups of ranks that have samples of their own."""
+        return self.device_mesh.size(0) * self.device_mesh.size(1)
+
+    @property
+    def data_rank(self) -> int:
+        """Which of those groups this rank is in."""
+        return self.data.get_local_rank()
+
+    def stream_seed(self, seed: int) -> int:
+        """What to seed this rank's random stream with: the same within a tensor-parallel group, different between."""
+        return key(seed, self.data_rank)
+
+
+_DIMS = ("replicate", "shard", "tensor")

@@ -1,0 +1,99 @@
+"""The communication between replicated and sharded computation: f and g of arXiv 1909.08053 (section 3, figure 3), and
+their counterparts under sequence parallelism (arXiv 2205.05198, section 4.2.2).
+
+B batch, S sequence (or 1 and T packed tokens), D hidden or any feature size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.nn import functional
+
+__all__ = ["TensorRegion"]
+
+_REPLICATED, _PARTIAL, _TOKENS, _FEATURES = Replicate(), Partial(), Shard(1), Shard(-1)
+
+
+@dataclass(frozen=True)
+class TensorRegion:
+    """The tensor-parallel ranks as a layer sees them.
+
+    Attributes:
+        mesh: of one dimension.
+        sequence_parallel: between the sharded regions, hold S / degree tokens (rounded up) on each rank, instead of all
+            of them on every rank. Where S is no multiple of the degree, the last ranks' parts end in zeros that nothing
+            depends on.
+    """
+
+    mesh: DeviceMesh
+    sequence_parallel: bool = False
+
+    @cached_property
+    def degree(self) -> int:
+        """The number of ranks."""
+        return self.mesh.size()
+
+    @cached_property
+    def rank(self) -> int:
+        """This process's place among them."""
+        return self.mesh.get_local_rank()
+
+    @cached_property
+    def group(self) -> ProcessGroup:
+        """The ranks' process group."""
+        return self.mesh.get_group()
+
+    def copy(self, states: Tensor) -> Tensor:
+        """f: into a sharded region. The identity, and in the backward pass an all-reduce."""
+        return self._redistribute(states, _REPLICATED, _REPLICATED, gradient=_PARTIAL)
+
+    def enter(self, states: Tensor, num_tokens: int | None = None) -> Tensor:
+        """From the residual stream into a sharded region: `copy`; under sequence parallelism an all-gather to
+        (B, num_tokens, D), or with the filled-up end where no number is given, and in the backward pass a
+        reduce-scatter.
+        """
+        if not self.sequence_parallel:
+            return self.copy(states)
+        gathered = self._redistribute(states, _TOKENS, _REPLICATED, gradient=_PARTIAL)
+        return gathered if num_tokens is None else gathered.narrow(1, 0, num_tokens)
+
+    def leave(self, states: Tensor) -> Tensor:
+        """g: the sum of the ranks' parts, back into the residual stream. An all-reduce, and in the backward pass the
+        identity; under sequence parallelism a reduce-scatter and an all-gather.
+        """
+        if not self.sequence_parallel:
+            return self.sum(states)
+        return self._redistribute(self._filled_up(states), _PARTIAL, _TOKENS, gradient=_TOKENS)
+
+    def sum(self, states: Tensor) -> Tensor:
+        """The sum of the ranks' parts, on every rank: an all-reduce, and in the backward pass the identity."""
+        return self._redistribute(states, _PARTIAL, _REPLICATED, gradient=_REPLICATED)
+
+    def split_tokens(self, states: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S / degree, D): this rank's part, and in the backward pass an all-gather."""
+        return self._redistribute(self._filled_up(states), _REPLICATED, _TOKENS, gradient=_TOKENS)
+
+    def gather_tokens(self, states: Tensor, num_tokens: int) -> Tensor:
+        """(B, S / degree, D) -> (B, num_tokens, D): an all-gather, and in the backward pass this rank's part."""
+        return self._redistribute(states, _TOKENS, _REPLICATED, gradient=_REPLICATED).narrow(1, 0, num_tokens)
+
+    def gather_features(self, states: Tensor) -> Tensor:
+        """(..., D / degree) -> (..., D): an all-gather, and in the backward pass this rank's part."""
+        return self._redistribute(states, _FEATURES, _REPLICATED, gradient=_REPLICATED)
+
+    def _redistribute(self, states: Tensor, source: Placement, target: Placement, *, gradient: Placement) -> Tensor:
+        """The values that every rank has a part of as `source` says, as `target` says; `gradient` is what the ranks'
+        gradients of the result are.
+        """
+        distributed = DTensor.from_local(states, self.mesh, [source], run_check=False)
+        return distributed.redistribute(placements=[target]).to_local(grad_placements=[gradient])
+
+    def _filled_up(self, states: Tensor) -> Tensor:
+        missing = -states.shape[1] % self.degree
+        return functional.pad(states, (0, 0, 0, missing)) if missing else states
