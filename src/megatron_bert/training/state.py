@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -154,17 +153,12 @@ def _set_tensors(state: TrainState, tensors: Mapping[str, Tensor], ties: Mapping
         else:
             parameter, _, key = name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")
             moments.setdefault(parameter, {})[key] = value
-    groups = _optimizer_state(state)["param_groups"]
     set_model_state_dict(state.model, weights | {name: weights[source] for name, source in ties.items()})
-    if not moments:  # saved before a step was applied
-        state.optimizer.state.clear()
-        return
-    set_optimizer_state_dict(
-        state.model,
-        state.optimizer,
-        {"state": dict[str, Any](moments), "param_groups": groups},
-        options=StateDictOptions(strict=False),  # a parameter that never had a gradient has no state
-    )
+    begun = _optimizer_state(state)
+    set_optimizer_state_dict(state.model, state.optimizer, {**begun, "state": begun["state"] | moments})
+    for name, parameter in state.model.named_parameters():
+        if name not in moments:  # it had no gradient before it was saved, so nothing may have begun
+            state.optimizer.state.pop(parameter, None)
 
 
 def _optimizer_state(state: TrainState) -> dict[str, Any]:
