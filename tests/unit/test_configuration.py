@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_bert.errors import UserError
-from megatron_bert.training.configuration import PretrainConfiguration, load_configuration
+from megatron_bert.training.configuration import SIZES, PretrainConfiguration, load_configuration
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 GOOD = {
@@ -25,7 +25,8 @@ def load(tmp_path: Path, *overrides: str) -> PretrainConfiguration:
 
 
 def test_there_are_recipes() -> None:
-    assert "demo_cpu" in [recipe.stem for recipe in RECIPES]
+    wanted = {"demo_cpu", "pretrain_345m", "pretrain_1.3b", "pretrain_3.9b", "adapt", "causal_345m"}
+    assert wanted <= {recipe.stem for recipe in RECIPES}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -67,6 +68,21 @@ def test_the_causal_objective_takes_no_option_that_would_do_nothing(
         load(tmp_path, "objective.kind=causal", override)
 
 
+def test_a_size_gives_the_papers_numbers(tmp_path: Path) -> None:
+    """arXiv 1909.08053, table 6; numbers beside it go before it."""
+    model = load(tmp_path, "model={size: 3.9b, num_hidden_layers: 2}").model
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (2560, 2, 40)
+    for size, (hidden, _, heads) in SIZES.items():
+        assert hidden == 64 * heads, size
+
+
+@pytest.mark.parametrize("model", ["{size: 345m}", "{start_from: checkpoint, hidden_dropout_prob: 0.0}"])
+def test_other_sources_of_a_model_resolve_too(tmp_path: Path, model: str) -> None:
+    configuration = load(tmp_path, f"model={model}")
+    (tmp_path / "resolved.yaml").write_text(configuration.as_yaml())
+    assert load_configuration(tmp_path / "resolved.yaml") == configuration
+
+
 def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
     configuration = load(tmp_path, "data.validation=other", "data.tokens=[{prefix: a, weight: 3}]")
     (tmp_path / "resolved.yaml").write_text(configuration.as_yaml())
@@ -90,6 +106,14 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("model.num_attention_heads=3", r"model: hidden_size 64 is not a multiple of num_attention_heads 3"),
         ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
         ("data.tokens=null", r"data\.tokens.*: Input is not a valid path"),
+        ("model.size=354m", r"model: size '354m' is not known \(did you mean 345m\?\) \(known: 345m, 1\.3b, "),
+        ("model={size: 2b}", r"model: size '2b' is not known.*\(known: 345m, "),
+        ("model={num_hidden_layers: 2}", r"model: hidden_size, num_attention_heads missing: give a size"),
+        ("model.start_from=checkpoint", r"start_from takes the shape from the checkpoint, so leave out hidden_size, "),
+        ("model={start_from: x, size: 345m}", r"start_from takes the shape from the checkpoint, so leave out size"),
+        ("optimizer.schedule=cosin", r"optimizer\.schedule: Input should be 'linear' or 'cosine', not 'cosin'"),
+        ("optimizer.final_share=2", r"optimizer\.final_share: Input should be less than or equal to 1, not 2"),
+        ("runtime.recompute=some", r"runtime\.recompute: Input should be 'none', 'selective' or 'full', not 'some'"),
         ("model=5", r"model: Input should be a valid dictionary"),
         (
             "data.tokens=[{prefix: a, weight: 0}]",
