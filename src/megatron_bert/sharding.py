@@ -1,7 +1,7 @@
 """The sharding table: which axis of which weight a tensor-parallel run splits (arXiv 1909.08053, section 3).
 
-Pure data, which imports nothing: the network's configuration makes Transformers' plan of it, `parallel/` applies it, and
-whoever converts or plans reads it.
+Pure data, which imports nothing: the network's configuration makes Transformers' plan of it, `parallel/` applies it,
+and whoever converts or plans reads it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Linear", "cpu_multiplies"]
+__all__ = ["Linear", "cpu_multiplies", "linear"]
 
 _BLOCK_ELEMENTS = 1 << 20  # weights widened to fp32 at a time: 4 MiB
 _REORDER_FROM_TOKENS = 1536  # on two AMX cores, 1,024 tokens lose by it and 2,048 gain a quarter
@@ -38,12 +38,17 @@ class Linear(nn.Linear):
     """`torch.nn.Linear` in every respect but the speed of 16-bit weights on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type == "cpu" and input.dtype == self.weight.dtype and not torch.compiler.is_compiling():
-            if not cpu_multiplies(input.dtype):
-                return _widened_linear(input, self.weight, self.bias)
-            if _amx_infers(input):
-                return _amx_linear(input, self.weight, self.bias)
-        return F.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.functional.linear`, with the fast paths above."""
+    if input.device.type == "cpu" and input.dtype == weight.dtype and not torch.compiler.is_compiling():
+        if not cpu_multiplies(input.dtype):
+            return _widened_linear(input, weight, bias)
+        if _amx_infers(input):
+            return _amx_linear(input, weight, bias)
+    return F.linear(input, weight, bias)
 
 
 def _amx_infers(input: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from megatron_bert.model.layers import MegatronBertEncoder, MegatronBertIntermediate, MegatronBertSelfAttention
-from megatron_bert.model.linear import Linear
+from megatron_bert.model.linear import Linear, linear
 from megatron_bert.parallel.region import TensorRegion
 from megatron_bert.parallel.streams import own_stream
 
@@ -36,19 +36,17 @@ __all__ = [
 
 
 class _LocalParameter:
-    """A parameter as this rank computes with it."""
+    """A parameter as this rank computes with it: its part; the gradient becomes this rank's part of the parameter's."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, module: nn.Module, owner: type) -> Any:
-        return _local(module._parameters[self.name])
-
-
-def _local(parameter: Any) -> Any:
-    """This rank's part; its gradient becomes this rank's part of the parameter's."""
-    # One that is sharded over data-parallel ranks too lies idle: FSDP asks for it, and nobody computes with it.
-    return parameter.to_local() if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1 else parameter
+        parameter: Any = module._parameters[self.name]
+        # One that is sharded over data-parallel ranks too lies idle: FSDP asks for it, and nobody computes with it.
+        if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:
+            return parameter.to_local()
+        return parameter
 
 
 class _OnShards(nn.Module):
@@ -76,11 +74,9 @@ class ColumnParallelLinear(_OnShards, Linear):
 class RowParallelLinear(_OnShards, Linear):
     """All output features of this rank's input features, and out of the sharded region."""
 
-    bias = None  # for the product: it is added once, after the ranks' parts are summed
-
     def forward(self, input: Tensor) -> Tensor:
-        """(B, S, features / degree) -> (B, S, D)."""
-        return self.region.leave(super().forward(input)) + _local(self._parameters["bias"])
+        """(B, S, features / degree) -> (B, S, D). The bias is added once, after the ranks' parts are summed."""
+        return self.region.leave(linear(input, self.weight, None)) + self.bias  # type: ignore[no-any-return]
 
 
 class VocabularyParallelEmbedding(_OnShards, nn.Embedding):
@@ -134,7 +130,8 @@ class ParallelSelfAttention(MegatronBertSelfAttention):
         """As the base class; dropout draws from this rank's own stream."""
         if not self.training or self.dropout.p == 0.0 or self.region.sequence_parallel:
             return super().core(query, *args, **kwargs)
-        return self._core_in_own_stream(query, *args, **kwargs)
+        result: tuple[Tensor, Tensor | None] = self._core_in_own_stream(query, *args, **kwargs)
+        return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot change a random stream
     def _core_in_own_stream(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional
 
-__all__ = ["TensorRegion"]
+__all__ = ["TensorRegion", "local_part"]
 
 _REPLICATED, _PARTIAL, _TOKENS, _FEATURES = Replicate(), Partial(), Shard(1), Shard(-1)
 
@@ -97,3 +97,8 @@ class TensorRegion:
     def _filled_up(self, states: Tensor) -> Tensor:
         missing = -states.shape[1] % self.degree
         return functional.pad(states, (0, 0, 0, missing)) if missing else states
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor, or a tensor that is not distributed."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,187 @@
+"""What runs in each process of a world."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
+from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
+from megatron_bert.parallel.apply import apply_tensor_parallel
+from megatron_bert.parallel.data import apply_fully_sharded, call_within
+from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
+from megatron_bert.parallel.loss import token_losses_on
+from megatron_bert.parallel.mesh import ParallelMesh
+from megatron_bert.parallel.region import TensorRegion
+
+TOLERANCE = 1e-5  # of a tensor's norm; float32 rounds at 6e-8, and sums are in another order
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@cache
+def mesh_of(tensor: int, replicate: int = 1) -> ParallelMesh:
+    return ParallelMesh.of(device_type="cpu", tensor=tensor, replicate=replicate)
+
+
+def build(model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:
+    """The same model in every process; biases and norms are drawn too, so that each is seen to count."""
+    torch.manual_seed(7)
+    model = model_class(MegatronBertConfig(**{**SHAPE, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def assert_close(ours: Tensor, reference: Tensor, name: str, scale: float = 0.0) -> None:
+    """Within TOLERANCE of the reference's norm, or of `scale` where the reference is naught but rounding."""
+    ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
+    difference, size = float((ours - reference).norm()), float(reference.norm())
+    assert difference <= TOLERANCE * max(size, scale), f"{name}: off by {difference:.3g} of {size:.3g}"
+
+
+@dataclass
+class Batch:
+    """Samples of a step: masked tokens, pairs, and padding or packing."""
+
+    ids: Tensor
+    labels: Tensor
+    pairs: Tensor | None
+    layout: PackedLayout | None
+    boundaries: Tensor | None = None
+
+
+def step_batches(num: int, *, packed: bool, rows: int = 2, tokens: int = 13) -> list[Batch]:
+    """`num` micro-batches, the same in every process, with different numbers of masked tokens in each."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for index in range(num):
+        ids = torch.randint(5, SHAPE["vocab_size"], (rows, tokens), generator=generator)
+        masked = torch.rand(rows, tokens, generator=generator) < 0.1 + 0.2 * (index % 2)
+        masked[:, 0] = True
+        if packed:
+            boundaries = torch.tensor([0, 5, tokens, tokens + 9, 2 * tokens], dtype=torch.int32)
+            pairs = torch.randint(0, 2, (4,), generator=generator)
+            layout = layout_of_boundaries(boundaries, (rows, tokens))
+        else:
+            attention = torch.ones(rows, tokens)
+            attention[1, tokens - 4 :] = 0
+            masked &= attention.bool()
+            pairs, boundaries = torch.randint(0, 2, (rows,), generator=generator), None
+            layout = layout_of_padding(attention)
+        batches.append(Batch(ids, ids.where(masked, -100), pairs, layout, boundaries))
+    return batches
+
+
+def losses(model: Any, batch: Batch, token_losses: Any = None) -> tuple[Tensor, Tensor]:
+    """The sums of both losses, from the parts of a model as a trainer uses them."""
+    packed = {} if batch.boundaries is None else {"cu_seq_lens_q": batch.boundaries}
+    output = model.bert(batch.ids, layout=batch.layout, **packed)
+    places = (batch.labels.flatten() != -100).nonzero()[:, 0]
+    hidden_MD, targets_M = output.last_hidden_state.flatten(0, 1)[places], batch.labels.flatten()[places]
+    if token_losses is None:
+        masked = functional.cross_entropy(model.cls.predictions(hidden_MD), targets_M, reduction="sum")
+    else:
+        masked, _ = token_losses(model.cls.predictions, hidden_MD, targets_M)
+    pair_logits = model.cls.seq_relationship(output.pooler_output)
+    return masked, functional.cross_entropy(pair_logits, batch.pairs, reduction="sum")
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    # A large epsilon: the true gradient of the keys' biases is 0, and Adam would make steps of its rounding.
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, fused=True)
+
+
+def recompute_layers(model: Any) -> None:
+    for layer in model.bert.encoder.layer:
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, **kwargs
+        )
+
+
+@cache
+def single_process(packed: bool, steps: int) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
+    """First gradients, last weights, first gradient norm and losses of a run in one process."""
+    model = build()
+    optimizer = optimizer_of(model)
+    first, norm, curve = None, None, []
+    for _ in range(steps):
+        batches = step_batches(4, packed=packed)
+        masked = sum(int((batch.labels != -100).sum()) for batch in batches)
+        pairs = sum(len(batch.pairs) for batch in batches)
+        total = torch.zeros(())
+        for batch in batches:
+            masked_loss, pair_loss = losses(model, batch)
+            loss = masked_loss / masked + pair_loss / pairs
+            loss.backward()
+            total += loss.detach()
+        curve.append(float(total))
+        if first is None:
+            first = [copy.deepcopy(parameter.grad) for parameter in model.parameters()]
+            norm = torch.nn.utils.get_total_norm(first)
+        optimizer.step()
+        optimizer.zero_grad()
+    return first, [parameter.detach() for parameter in model.parameters()], norm, curve
+
+
+def equals_single_process(
+    *,
+    tensor: int = 1,
+    replicate: int = 1,
+    sequence_parallel: bool = False,
+    packed: bool = False,
+    recompute: bool = False,
+    steps: int = 3,
+) -> None:
+    """Losses, the first step's gradients and their norm, and the weights after the last step."""
+    gradients, weights, norm, curve = single_process(packed, steps)
+    mesh = mesh_of(tensor, replicate)
+    region = TensorRegion(mesh.tensor, sequence_parallel)
+    model = build()
+    if tensor > 1:
+        apply_tensor_parallel(model, region, gathers_logits=False)
+    if recompute:
+        recompute_layers(model)
+    if mesh.data_degree > 1:
+        apply_fully_sharded(model, mesh)
+    optimizer, token_losses = optimizer_of(model), token_losses_on(region) if tensor > 1 else None
+    for step in range(steps):
+        batches = step_batches(4, packed=packed)[mesh.data_rank :: mesh.data_degree]
+        counts = torch.tensor([sum(int((b.labels != -100).sum()) for b in batches), sum(len(b.pairs) for b in batches)])
+        dist.all_reduce(counts, group=mesh.data.get_group())
+        total = torch.zeros(())
+        for batch in batches:
+            masked_loss, pair_loss = call_within(model, losses, model, batch, token_losses)
+            loss = masked_loss / counts[0] + pair_loss / counts[1]
+            loss.backward()
+            total += loss.detach()
+        sum_sequence_gradients(model, region)
+        dist.all_reduce(total, group=mesh.data.get_group())
+        assert abs(float(total) - curve[step]) <= TOLERANCE * curve[step]
+        if step == 0:
+            for (name, parameter), reference in zip(model.named_parameters(), gradients, strict=True):
+                assert_close(parameter.grad, reference, f"gradient of {name}", scale=1e-2 * float(norm))
+            assert_close(gradient_norm(model.parameters()), norm, "gradient norm")
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, parameter), reference in zip(model.named_parameters(), weights, strict=True):
+        assert_close(parameter.detach(), reference, name)
