@@ -150,7 +150,7 @@ def test_how_often_it_is_watched_changes_nothing(prepared: Path, whole: Path) ->
 
 def test_the_folder_of_a_run(prepared: Path, whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
-        ".lock", "checkpoints", "metrics.jsonl", "model", "recipe.yaml",
+        ".lock", "checkpoints", "curves.png", "metrics.jsonl", "model", "recipe.yaml",
     ]  # fmt: skip
     assert names(whole) == ["step-00000006", "step-00000009", "step-00000012"]
 
@@ -164,7 +164,7 @@ def test_a_finished_run(prepared: Path, whole: Path, capsys: pytest.CaptureFixtu
     assert json.loads(said.out)["validation"] == {
         name: value for name, value in records(whole)[-1].items() if name not in ("kind", "step")
     }
-    assert all(path.read_bytes() == content for path, content in before.items() if path.name != "recipe.yaml")
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_more_steps_after_the_end(prepared: Path, whole: Path, tmp_path: Path) -> None:

@@ -88,10 +88,10 @@ def pretrain(
     with run_locked(folder):
         checkpoint = None if overwrite else _checkpoint(folder, identity, allow)
         state = _state(configuration, tokenizer, checkpoint, device)
-        _make_room(configuration, overwrite=overwrite)
-        log.info("%s parameters on %s; %s", f"{state.model.num_parameters():,}", device, corpus.summary(layout))
         stopped_by = None
         if not _is_finished(state, folder, steps):
+            _make_room(configuration, overwrite=overwrite)
+            log.info("%s parameters on %s; %s", f"{state.model.num_parameters():,}", device, corpus.summary(layout))
             about = {
                 "recipe": configuration.model_dump(mode="json"),
                 "identity": identity,

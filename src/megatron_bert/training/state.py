@@ -156,9 +156,9 @@ def _set_tensors(state: TrainState, tensors: Mapping[str, Tensor], ties: Mapping
     set_model_state_dict(state.model, weights | {name: weights[source] for name, source in ties.items()})
     begun = _optimizer_state(state)
     set_optimizer_state_dict(state.model, state.optimizer, {**begun, "state": begun["state"] | moments})
-    for name, parameter in state.model.named_parameters():
-        if name not in moments:  # it had no gradient before it was saved, so nothing may have begun
-            state.optimizer.state.pop(parameter, None)
+    for name, weight in state.model.named_parameters():
+        if name not in moments and weight in state.optimizer.state:  # it had no gradient before it was saved
+            del state.optimizer.state[weight]
 
 
 def _optimizer_state(state: TrainState) -> dict[str, Any]:
