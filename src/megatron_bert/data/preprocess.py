@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and the unknown share, ready for JSON."""
-        return {**asdict(self), "unknown_share": self.unknown_share}
+        return {**vars(self), "dropped": dict(+self.dropped), "unknown_share": self.unknown_share}
 
     def lines(self) -> list[str]:
         """The report for a person."""
@@ -110,7 +110,7 @@ class Report:
 
     def dropped_line(self) -> str:
         """`3 empty, 1 null`, or nothing."""
-        return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items()))
+        return ", ".join(f"{count:,} {reason}" for reason, count in sorted((+self.dropped).items()))
 
 
 def preprocess(

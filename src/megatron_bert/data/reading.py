@@ -10,8 +10,9 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import zstandard
 
@@ -19,7 +20,7 @@ from megatron_bert.errors import UserError
 
 __all__ = ["Block", "Span", "is_divisible", "read_blocks", "span_border"]
 
-_COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
+_COMPRESSIONS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".xz": lzma.LZMAFile,
     ".zst": lambda raw: _ZstdFile(raw),
@@ -77,8 +78,10 @@ def read_blocks(span: Span, json_key: str) -> Iterator[Block]:
     if kind == "rows":
         yield from _rows(span.file, json_key)
         return
-    with span.file.open("rb") as raw:
-        raw.seek(span.start)
+    # Unbuffered: in a buffer's loop over a pipe that has nothing to give, a signal that came too early is never seen.
+    with span.file.open("rb", buffering=0) as raw:
+        if span.start:
+            raw.seek(span.start)
         opened = _COMPRESSIONS[compression](raw) if compression else raw
         stream = _Stream(span, raw, opened)
         yield from (_jsonl_blocks if kind == "jsonl" else _text_blocks)(stream)
@@ -132,7 +135,7 @@ def _kind_of(file: Path) -> tuple[Kind, str]:
 class _Stream:
     """The bytes of a span, decompressed, and what its blocks have in common."""
 
-    def __init__(self, span: Span, raw: BinaryIO, opened: Any) -> None:
+    def __init__(self, span: Span, raw: RawIOBase, opened: Any) -> None:
         self._span = span
         self._raw = raw
         self._opened = opened
@@ -151,10 +154,9 @@ class _Stream:
         """The next block; the lines in it are counted."""
         first = self.line
         self.line += content.count(b"\n")
-        return Block(
-            self._span.file, kind, content, first, self._raw.tell() - self._span.start,
-            span_start=self._span.start, **marks,
-        )  # fmt: skip
+        span = self._span
+        consumed = self._raw.tell() - span.start if self._raw.seekable() else 0
+        return Block(span.file, kind, content, first, consumed, span_start=span.start, **marks)
 
     def skip_line_breaks(self, held: bytes) -> bytes:
         """`held` without the line breaks that it begins with; they are counted."""
@@ -236,7 +238,7 @@ def _end_of_last_word(held: bytes) -> int:
 class _ZstdFile:
     """Decompresses a stream of zstd frames; unlike the library's own reader it notices when the last one is cut off."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: RawIOBase) -> None:
         self._raw = raw
         self._library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame = self._library.decompressobj()
@@ -246,7 +248,7 @@ class _ZstdFile:
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes; none at the end."""
-        while not self._text and (chunk := self._unused or self._raw.read(1 << 14)):
+        while not self._text and (chunk := self._unused or self._raw.read(1 << 14) or b""):
             if self._frame.eof:
                 self._frame = self._library.decompressobj()
             self._text = self._frame.decompress(chunk)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -54,7 +55,7 @@ def ordered_map(
     try:
         for item in chain(first, items):
             waiting.append(threads.submit(workers.call, item))
-            if len(waiting) > _AHEAD * num_workers:
+            while waiting and (waiting[0].done() or len(waiting) > _AHEAD * num_workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -107,6 +108,7 @@ class _Workers(Generic[Item, Result]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._make), daemon=True)
+        resource_tracker.ensure_running()  # started by the first process, it would unblock the signals again
         # Ctrl-C and a scheduler's SIGTERM reach every process of the group; the workers leave them to us.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
