@@ -11,13 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bert.cli.main import main
+from tests.integration.tiny_corpus import prepare
 from tests.integration.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
+
+def finished_run(folder: Path) -> None:
+    """A short pretraining run in `folder`/run."""
+    assert main(["pretrain", str(prepare(folder)), "--json"]) == 0
+
+
 # What a page finds in its folder before its first block, by the page's name.
-PREPARE: dict[str, Callable[[Path], None]] = {}
+PREPARE: dict[str, Callable[[Path], None]] = {"convert": finished_run, "plot": finished_run}
 
 
 def run_page(page: Path, folder: Path, model: Path) -> "subprocess.CompletedProcess[str]":
