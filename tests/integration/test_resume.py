@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tools.kill_and_resume import compare, records
 from torch import Tensor
@@ -220,6 +221,27 @@ def test_damage(prepared: Path, whole: Path, capsys: pytest.CaptureFixture[str])
         flip(checkpoint / "state.json")
     run(prepared, "damaged", code=2)
     assert "every checkpoint is damaged: step-00000012 (state.json is not what was written" in last_line(capsys)
+
+
+def test_what_a_run_started_from_may_go(
+    prepared: Path, whole: Path, tmp_path: Path, stop_at: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "model", tmp_path / "start")
+    adapting = yaml.safe_load((prepared / "recipe.yaml").read_text()) | {
+        "model": {"start_from": str(tmp_path / "start")}
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(adapting))
+    uninterrupted = run(tmp_path, "whole")
+    stop_at(7)
+    run(tmp_path, "stopped")
+    weights = tmp_path / "start" / "model.safetensors"
+    intact = weights.read_bytes()
+    flip(weights)
+    run(tmp_path, "stopped", code=2)
+    assert "model.start_from was content " in last_line(capsys)
+    weights.write_bytes(intact)
+    (tmp_path / "start").rename(tmp_path / "elsewhere")
+    assert not compare(uninterrupted, run(tmp_path, "stopped"))
 
 
 @pytest.mark.parametrize(
