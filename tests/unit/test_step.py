@@ -19,7 +19,8 @@ from megatron_bert.training.microbatch import FixedShapes, MicroBatch
 from megatron_bert.training.objective import Objective, mean_loss
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.schedule import learning_rate_share
-from megatron_bert.training.step import StepResult, train_step
+from megatron_bert.training.step import StepResult, Sums, train_step
+from megatron_bert.training.throughput import Throughput, measured_flops_per_second
 from tests.unit.test_training_parts import CPU, batch, tiny_model
 
 SGD = functools.partial(torch.optim.SGD, lr=1.0, fused=True)
@@ -271,3 +272,22 @@ def test_compilation_is_for_gpus_unless_asked_for() -> None:
     assert not should_compile(None, CPU)
     assert should_compile(True, CPU)
     assert not should_compile(False, torch.device("cuda"))
+
+
+def test_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 1.5, 2.0, 2.25])
+    monkeypatch.setattr("megatron_bert.training.throughput.time.perf_counter", lambda: next(clock))
+    config = tiny_model().config
+    throughput = Throughput(config, CPU, peak=1e6)
+    for _ in range(2):
+        with throughput.waiting_for_data():
+            pass
+    sums = Sums(num_tokens=300, num_attended_pairs=4000, num_predicted=45)
+    rates = throughput.rates(sums, 3.0)
+    assert rates == {
+        "tokens_per_second": 100.0, "seconds": 3.0, "data_waiting_share": 0.25,
+        "mfu": training_flops(config, 300, 4000, 45) / 3e6,
+    }  # fmt: skip
+    assert throughput.rates(sums, 3.0)["data_waiting_share"] == 0.0
+    assert "mfu" not in Throughput(config, CPU, peak=None).rates(sums, 3.0)
+    assert measured_flops_per_second(CPU, "bfloat16") is None
