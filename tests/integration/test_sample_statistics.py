@@ -1,7 +1,7 @@
 """Masks and pairs over at least 100,000 masked positions of real text, against their definitions.
 
 15 % of the tokens, and of those 80 % [MASK], 10 % another token, 10 % as they are (Devlin et al. 2018, section 3.1);
-runs of n words with p(n) ~ 1/n (Lan et al. 2019, section 4.1): 6/11, 3/11, 2/11 for n up to 3; half of the pairs not natural.
+runs of n words with p(n) ~ 1/n (Lan et al. 2019, section 4.1): 6/11, 3/11, 2/11 for n up to 3; pairs half and half.
 """
 
 from collections import Counter

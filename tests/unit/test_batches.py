@@ -1,6 +1,8 @@
 """Steps: the same samples however they are dealt out, packed or not, by any number of workers, from any position."""
 
 import json
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from megatron_bert.errors import UserError
 from tests.unit.test_samples import builder_for, rules_of
 from tests.unit.token_files import all_documents, many, write_token_file
 
+ROOT = Path(__file__).resolve().parents[2]
 ROW_TOKENS = 64
 
 
@@ -143,6 +146,23 @@ def test_workers_change_nothing(
     theirs = steps(reader, layout, 12, workers=num_workers)
     assert all(same(one, other) for one, other in zip(ours, theirs, strict=True))
     assert [step.keys for step in ours] == [step.keys for step in theirs]
+
+
+def test_an_interpreter_that_ends_does_not_wait_for_its_workers(reader: IndexedReader) -> None:
+    """They ignore signals; an iterator that nobody closed, say because of an exception, must not keep the process."""
+    code = (
+        "from tests.unit.test_batches import *\n"
+        "import sys\n"
+        "planner = StepPlanner(blend_of(IndexedReader(Path(sys.argv[1]))), BatchLayout(8, 2), ROW_TOKENS)\n"
+        "made = training_steps(planner, [builder_for(IndexedReader(Path(sys.argv[1])))], Collate(False), Position(),\n"
+        "                      num_workers=2)\n"
+        "next(made)\n"
+        "raise RuntimeError('somebody failed')\n"
+    )
+    command = [sys.executable, "-c", code, str(reader.prefix)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: somebody failed"
 
 
 def sample(length: int, label: int) -> Sample:

@@ -6,9 +6,11 @@ samples themselves are made, and put together to tensors, a micro-batch at a tim
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -183,12 +185,26 @@ def training_steps(
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[StepBatches]:
-    """Steps from `start` on, without end; samples are made by `num_workers` processes (0: by this one).
+) -> Generator[StepBatches, None, None]:
+    """Steps from `start` on, without end; `close` ends the workers.
 
     Args:
+        num_workers: processes that make samples; 0: this one.
         builders: of each corpus of the blend.
     """
+    steps = _training_steps(planner, builders, collate, start, num_workers, pin_memory)
+    atexit.register(_close, weakref.ref(steps))
+    return steps
+
+
+def _training_steps(
+    planner: StepPlanner,
+    builders: Sequence[Builder],
+    collate: Collate,
+    start: Position,
+    num_workers: int,
+    pin_memory: bool,
+) -> Generator[StepBatches, None, None]:
     plan = _TrainingPlan(planner, start)
     loader: DataLoader[Batch] = DataLoader(
         _MicroBatches(builders, collate),
@@ -203,6 +219,13 @@ def training_steps(
     for first in batches:
         step = plan.planned.popleft()  # the loader hands batches out in the plan's order
         yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
+
+
+def _close(steps: Callable[[], Generator[StepBatches, None, None] | None]) -> None:
+    """Ends the workers before the interpreter does: it would send SIGTERM, which they ignore, and wait for them."""
+    alive = steps()
+    if alive is not None:
+        alive.close()
 
 
 def _leave_stopping_to_the_parent(worker: int) -> None:

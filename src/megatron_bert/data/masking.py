@@ -9,7 +9,7 @@ unmasked token for right: at fine-tuning there is no [MASK]). Sources: Devlin et
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -90,9 +90,13 @@ class Masker:
         starts_word[1:] |= blocked_token[:-1]  # a continuation that truncation left first is a word of its own
         starts_word[:1] = True
         word_starts = np.flatnonzero(starts_word)
-        word_lengths = np.diff(word_starts, append=len(ids))
+        word_lengths = np.concatenate((word_starts[1:], [len(ids)])) - word_starts
         spans = choose_spans(
-            word_lengths, blocked_token[word_starts], self.share * int((~blocked_token).sum()), self.max_words, rng
+            word_lengths,
+            blocked_token[word_starts],
+            self.share * (len(ids) - int(np.count_nonzero(blocked_token))),
+            self.max_words,
+            rng,
         )
         chosen = np.zeros(len(word_starts), bool)
         for start, words in spans:
@@ -103,7 +107,7 @@ class Masker:
         fate = rng.random(len(positions))
         ids[positions[fate < 0.8]] = self.mask_id
         random_positions = positions[fate >= 0.9]
-        ids[random_positions] = rng.choice(self.ordinary_ids, len(random_positions))
+        ids[random_positions] = self.ordinary_ids[rng.integers(len(self.ordinary_ids), size=len(random_positions))]
         return Masked(ids, labels)
 
 
@@ -123,28 +127,36 @@ def choose_spans(
         blocked: bool [W], words that may not be chosen (special tokens).
         budget: the expected number of tokens to choose.
     """
-    ends = np.concatenate([[0], np.cumsum(word_lengths)])
+    ends = np.concatenate(([0], word_lengths.cumsum()))
     places = {n: place for n in range(1, max_words + 1) if len(place := _free_places(blocked, n))}
     if not places:
         return []
     odds = np.array([1 / n for n in places])
     odds /= odds.sum()
-    chances = np.cumsum(odds).tolist()
+    chances = odds.cumsum().tolist()
     excess = _Excess(odds, [ends[place + n] - ends[place] for n, place in places.items()])
-    kinds, taken = list(places), blocked.tolist()
+    kinds, ends_list = list(places), ends.tolist()
+    taken = bytearray(blocked.tobytes())
+    uniforms = _uniforms(rng, 8 + 2 * int(budget))
     spans: list[tuple[int, int]] = []
     left = budget
     while left > 0:
-        if rng.random() * (left + excess.over(left)) >= left:
+        if next(uniforms) * (left + excess.over(left)) >= left:
             break
-        words = kinds[min(bisect_right(chances, rng.random()), len(kinds) - 1)]
-        start = _place(places[words], words, taken, rng)
+        words = kinds[min(bisect_right(chances, next(uniforms)), len(kinds) - 1)]
+        start = _place(places[words], words, taken, uniforms)
         if start is None:
             break
-        taken[start : start + words] = [True] * words
+        taken[start : start + words] = b"\1" * words
         spans.append((start, words))
-        left -= float(ends[start + words] - ends[start])
+        left -= ends_list[start + words] - ends_list[start]
     return spans
+
+
+def _uniforms(rng: np.random.Generator, num: int) -> Iterator[float]:
+    """Draws from [0, 1), without end, `num` at a time: a call for each costs more than what is done with it."""
+    while True:
+        yield from rng.random(num).tolist()
 
 
 class _Excess:
@@ -170,13 +182,17 @@ class _Excess:
 
 def _free_places(blocked: npt.NDArray[np.bool_], words: int) -> IntArray:
     """Where a run of `words` words may start without touching a blocked one."""
-    before = np.concatenate([[0], np.cumsum(blocked)])
-    return np.flatnonzero(before[words:] == before[: len(before) - words])
+    free = ~blocked
+    num = max(len(free) - words + 1, 0)
+    together = free[:num].copy()
+    for word in range(1, words):
+        together &= free[word : word + num]
+    return np.flatnonzero(together)
 
 
-def _place(places: IntArray, words: int, taken: list[bool], rng: np.random.Generator) -> int | None:
+def _place(places: IntArray, words: int, taken: bytearray, uniforms: Iterator[float]) -> int | None:
     for _ in range(_TRIES):
-        start = int(places[int(rng.random() * len(places))])
-        if not any(taken[start : start + words]):
+        start = int(places[int(next(uniforms) * len(places))])
+        if taken.find(1, start, start + words) < 0:
             return start
     return None

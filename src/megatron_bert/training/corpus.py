@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,8 +68,10 @@ class Corpus:
         """
         return self._planner(self.training, layout).best_layout()
 
-    def steps(self, layout: BatchLayout, start: Position, *, num_workers: int, pin: bool) -> Iterator[StepBatches]:
-        """This rank's training steps from `start` on, without end.
+    def steps(
+        self, layout: BatchLayout, start: Position, *, num_workers: int, pin: bool
+    ) -> Generator[StepBatches, None, None]:
+        """This rank's training steps from `start` on, without end; `close` ends the workers.
 
         Args:
             num_workers: processes that make samples; 0: this one.
