@@ -75,8 +75,7 @@ def in_the_middle(folder: Path, tmp_path: Path) -> Iterator["subprocess.Popen[st
         yield process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_stopped_run_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals, to_group: bool) -> None:
     with in_the_middle(folder, tmp_path) as process:
         workers = children(process.pid)

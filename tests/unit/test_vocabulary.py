@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import transformers
+from tokenizers import trainers
 
+from megatron_bert.data import reading, vocabulary
 from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import (
     SPECIAL_TOKENS,
@@ -115,3 +118,43 @@ def test_nothing_is_overwritten_by_accident(tmp_path: Path, corpus: Path) -> Non
     with pytest.raises(UserError, match="not a tokenizer's folder"):
         write_tokenizer(trained, options, tmp_path / "photos", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "text.txt", "tok"]
+
+
+@pytest.mark.parametrize("cased", [False, True])
+@pytest.mark.parametrize("split_chinese", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_words_are_counted_as_the_library_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cased: bool, split_chinese: bool, num_workers: int
+) -> None:
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", 400)
+    monkeypatch.setattr(vocabulary, "_KEPT_PIECES", 20)
+    (tmp_path / "a.txt").write_text(TEXT + "Ünïted, e\u0301tat; 中。文X ΑΣ\tΑΣ-Σ. \u3000x\u00a0y\u0001z " * 20)
+    options = VocabularyOptions(size=150, cased=cased, split_chinese=split_chinese)
+    tokenizer = vocabulary._empty(options)
+    counter = partial(vocabulary.WordCounter, tokenizer, "text")
+    ours = vocabulary._count_words(counter, [tmp_path / "a.txt"], "text", num_workers, progress=False)
+    trainer = trainers.WordPieceTrainer(show_progress=False)
+    tokenizer.train_from_iterator((tmp_path / "a.txt").read_text().split("\n"), trainer=trainer)
+    assert ours == json.loads(trainer.__getstate__())["WordPieceTrainer"]["bpe_trainer"]["words"]
+
+
+def test_memory_stays_bounded_however_many_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "_MOST_WORDS", 100)
+    monkeypatch.setattr(reading, "_BLOCK_BYTES", 2000)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"common words and {number}x" for number in range(2000)))
+    counter = partial(vocabulary.WordCounter, vocabulary._empty(VocabularyOptions()), "text")
+    words = vocabulary._count_words(counter, [tmp_path / "a.txt"], "text", 0, progress=False)
+    assert len(words) <= 100
+    assert words["common"] == words["words"] == words["and"] == 2000
+
+
+def test_counts_of_a_huge_corpus_are_scaled(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.write_text(TEXT * 40, encoding="utf-8")
+    options = VocabularyOptions(size=120)
+    whole = train_vocabulary([corpus], options)
+    counter = partial(vocabulary.WordCounter, vocabulary._empty(options), "text")
+    words = vocabulary._count_words(counter, [corpus], "text", 0, progress=False)
+    monkeypatch.setattr(vocabulary, "_FED_WORDS", sum(words.values()) // 4)
+    fed = " ".join(vocabulary._repeated(words, 4)).split()
+    assert len(fed) == sum(words.values()) // 4
+    assert fingerprint(train_vocabulary([corpus], options)) == fingerprint(whole)

@@ -153,7 +153,9 @@ def preprocess(
         joiner = _Joiner(writer, report, tokenizer.token_to_id("[UNK]"))
         for encoded in encoded_blocks:
             joiner.add(encoded)
-            shown.update(encoded.file, encoded.consumed_bytes, documents=report.documents, tokens=report.tokens)
+            shown.update(
+                encoded.file, encoded.consumed_bytes, documents=len(encoded.sentences), tokens=len(encoded.tokens)
+            )
         joiner.end()
         if not report.tokens and shard == WHOLE:
             dropped = report.dropped_line()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -21,7 +22,7 @@ _LOG_EVERY_SECONDS = 60
 
 
 class InputProgress:
-    """Shows documents/s, tokens/s and the time left, which follows from the bytes of input that are read.
+    """Shows what is done a second, such as documents and tokens, and the time left by the bytes of input read.
 
     Args:
         spans: what will be read, in this order.
@@ -34,6 +35,7 @@ class InputProgress:
         self._show = show
         self._done = 0  # bytes of the files before the current one
         self._at = 0
+        self._counts: Counter[str] = Counter()
         self._begun = self._told = time.monotonic()
         self._bar = tqdm(
             total=sum(size for _, size in self._sizes), unit="B", unit_scale=True, delay=2,
@@ -46,14 +48,15 @@ class InputProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.close()
 
-    def update(self, file: Path, consumed_bytes: int, *, documents: int, tokens: int) -> None:
-        """`file` is read up to `consumed_bytes`, and so many documents and tokens came of all so far."""
+    def update(self, file: Path, consumed_bytes: int, **more: int) -> None:
+        """`file` is read up to `consumed_bytes`, and so much more of each thing named came of it."""
+        self._counts.update(more)
         while self._sizes[self._at][0] != file:
             self._done += self._sizes[self._at][1]
             self._at += 1
         now = time.monotonic()
         seconds = max(now - self._begun, 1e-9)
-        rates = f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s"
+        rates = ", ".join(f"{number / seconds:,.0f} {name}/s" for name, number in self._counts.items())
         done = self._done + consumed_bytes
         self._bar.set_postfix_str(rates, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -6,23 +6,31 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 
+from megatron_bert.data.encoding import piece_splitter
 from megatron_bert.data.files import written_aside
-from megatron_bert.data.text import read_texts
+from megatron_bert.data.progress import InputProgress
+from megatron_bert.data.reading import Block, Span, read_blocks
+from megatron_bert.data.text import parse_block
+from megatron_bert.data.workers import ordered_map
 from megatron_bert.errors import UserError
 
-__all__ = ["SPECIAL_TOKENS", "VocabularyOptions", "fingerprint", "train_vocabulary", "write_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "VocabularyOptions", "WordCounter", "fingerprint", "train_vocabulary", "write_tokenizer"]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
 _CONTINUATION = "##"
 _REPEATS = 1000
+_FED_WORDS = 1 << 27  # given to the library's trainer; of more text, all counts are divided
+_MOST_WORDS = 5_000_000  # different ones that are counted, some 150 bytes each
+_KEPT_PIECES = 300_000
 # Case, accents, Chinese characters, full-width letters, punctuation, a control character and odd white space.
 _PROBE = "ÀÉß Straße\tnaïve中文字ＡＢ it's 3.14_x-y!\x01\u200b\u00a0end"
 
@@ -40,14 +48,21 @@ class VocabularyOptions(BaseModel):
 
 
 def train_vocabulary(
-    files: Iterable[Path], options: VocabularyOptions, json_key: str = "text", *, progress: bool = False
+    files: Sequence[Path],
+    options: VocabularyOptions,
+    json_key: str = "text",
+    *,
+    num_workers: int = 0,
+    skip_bad: bool = False,
+    progress: bool = False,
 ) -> Tokenizer:
     """A WordPiece tokenizer trained on the documents of `files`, which are streamed: memory grows with the number of
-    different words, not with the text. The same text and options give the same vocabulary.
+    different words up to some millions, then no more (the rarest are forgotten). The same text and options give the
+    same vocabulary, whatever `num_workers` (processes that count words; 0: this one).
 
-    Left alone, the trainer numbers its characters in the order of a randomly seeded hash map, and its choice between
-    equally frequent pairs follows these numbers. So it only counts words at first; then it gets the characters in a
-    fixed order, and the counted words again.
+    Left alone, the library's trainer numbers its characters in the order of a randomly seeded hash map, and its choice
+    between equally frequent pairs follows these numbers; and it normalises each word as often as it occurs. So words
+    are counted here, and the trainer gets the characters in a fixed order, then the counted words.
 
     Returns:
         a tokenizer with `SPECIAL_TOKENS` at ids 0 to 4, which frames texts as [CLS] A [SEP] and [CLS] A [SEP] B [SEP].
@@ -56,8 +71,8 @@ def train_vocabulary(
         UserError: the files hold no text, or the single characters alone need more entries than `options.size`.
     """
     tokenizer = _empty(options)
-    lines = tqdm(_lines(files, json_key), unit=" lines", unit_scale=True, disable=None if progress else True, delay=2)
-    words = _count_words(tokenizer, lines)
+    counter = partial(WordCounter, tokenizer, json_key, skip_bad=skip_bad)
+    words = _count_words(counter, files, json_key, num_workers, progress=progress)
     if not words:
         raise UserError("the --input files hold no text to train a vocabulary on")
     alphabet = _alphabet(words, options.alphabet_limit or max(options.size // 2, 1))
@@ -67,12 +82,64 @@ def train_vocabulary(
             f"a vocabulary of {options.size:,} entries has no room for the {len(first):,} special tokens and single "
             f"characters of this text; raise --vocab-size or lower --alphabet-limit"
         )
-    trainer = _trainer(
-        options.size, first, min_frequency=options.min_frequency, show_progress=progress and sys.stderr.isatty()
-    )
+    scale = max(sum(words.values()) / _FED_WORDS, 1)
     tokenizer.normalizer, tokenizer.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()
-    tokenizer.train_from_iterator(_repeated(words), trainer=trainer)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=options.size,
+        # It keeps to the order of its "special tokens", so the characters travel as such; limit_alphabet keeps it from
+        # adding any of its own.
+        special_tokens=first,
+        limit_alphabet=0,
+        min_frequency=max(round(options.min_frequency / scale), 1),
+        continuing_subword_prefix=_CONTINUATION,
+        show_progress=progress and sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(_repeated(words, scale), trainer=trainer)
     return _empty(options, tokenizer.get_vocab())
+
+
+class WordCounter:
+    """Counts the words of a block of text, after normalisation, as `tokenizer` would cut it into words.
+
+    Args:
+        tokenizer: BERT's, with or without a vocabulary.
+        json_key, skip_bad: see `parse_block`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, json_key: str, *, skip_bad: bool = False) -> None:
+        split = piece_splitter(tokenizer)
+        assert split is not None
+        self._split = split
+        self._words = _WordsOfPieces(tokenizer)
+        self._json_key = json_key
+        self._skip_bad = skip_bad
+
+    def __call__(self, block: Block) -> tuple[Path, int, dict[str, int]]:
+        """The block's file, how much of it is read (bytes), and how often each word occurs."""
+        pieces: Counter[str] = Counter()
+        for text in parse_block(block, self._json_key, skip_bad=self._skip_bad).texts:
+            for line in text.split("\n"):
+                pieces.update(self._split(line))
+        words: Counter[str] = Counter()
+        for piece, times in pieces.items():
+            for word in self._words[piece]:
+                words[word] += times
+        if len(self._words) > _KEPT_PIECES:
+            self._words.clear()
+        return block.file, block.consumed_bytes, dict(words)
+
+
+class _WordsOfPieces(dict[str, tuple[str, ...]]):
+    """The words in a piece of text, found when it is looked up first."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __missing__(self, piece: str) -> tuple[str, ...]:
+        normalized = self._tokenizer.normalizer.normalize_str(piece)
+        words = tuple(word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized))
+        self[piece] = words
+        return words
 
 
 def write_tokenizer(tokenizer: Tokenizer, options: VocabularyOptions, folder: Path, *, overwrite: bool = False) -> None:
@@ -105,11 +172,6 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps([vocabulary, words], ensure_ascii=False).encode()).hexdigest()
 
 
-def _lines(files: Iterable[Path], json_key: str) -> Iterator[str]:
-    for text, _ in read_texts(files, json_key):
-        yield from text.splitlines()
-
-
 def _empty(options: VocabularyOptions, vocabulary: dict[str, int] | None = None) -> Tokenizer:
     """BERT's tokenizer with this vocabulary, or with none yet."""
     tokenizer = Tokenizer(
@@ -129,23 +191,20 @@ def _empty(options: VocabularyOptions, vocabulary: dict[str, int] | None = None)
     return tokenizer
 
 
-def _trainer(size: int, first_entries: list[str], **settings: Any) -> trainers.WordPieceTrainer:
-    # It keeps to the order of its "special tokens", so the characters travel as such; limit_alphabet keeps it from
-    # adding any of its own.
-    return trainers.WordPieceTrainer(
-        vocab_size=size,
-        special_tokens=first_entries,
-        limit_alphabet=0,
-        continuing_subword_prefix=_CONTINUATION,
-        **settings,
-    )
-
-
-def _count_words(tokenizer: Tokenizer, lines: Iterable[str]) -> dict[str, int]:
-    """How often each word occurs after normalisation: counted by the trainer, read from its state."""
-    counter = _trainer(0, [], show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer=counter)
-    words: dict[str, int] = json.loads(counter.__getstate__())["WordPieceTrainer"]["bpe_trainer"]["words"]
+def _count_words(
+    counter: Callable[[], WordCounter], files: Sequence[Path], json_key: str, num_workers: int, *, progress: bool
+) -> Counter[str]:
+    spans = [Span(file) for file in files]
+    blocks = (block for span in spans for block in read_blocks(span, json_key))
+    words: Counter[str] = Counter()
+    least = 1
+    with InputProgress(spans, show=progress) as shown, closing(ordered_map(counter, blocks, num_workers)) as counted:
+        for file, consumed_bytes, of_block in counted:
+            words.update(of_block)
+            while len(words) > _MOST_WORDS:
+                least += 1
+                words = Counter({word: times for word, times in words.items() if times >= least})
+            shown.update(file, consumed_bytes, words=sum(of_block.values()))
     return words
 
 
@@ -161,9 +220,10 @@ def _alphabet(words: Mapping[str, int], limit: int) -> list[str]:
     return [*sorted(kept), *(_CONTINUATION + character for character in sorted(inside.intersection(kept)))]
 
 
-def _repeated(words: Mapping[str, int]) -> Iterator[str]:
-    """Each word as often as it was counted."""
-    for word, times in words.items():
+def _repeated(words: Mapping[str, int], scale: float) -> Iterator[str]:
+    """Each word as often as it was counted, divided by `scale`."""
+    for word, counted in words.items():
+        times = round(counted / scale)
         for _ in range(times // _REPEATS):
             yield f"{word} " * _REPEATS
         yield f"{word} " * (times % _REPEATS)
