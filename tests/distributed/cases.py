@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
+from megatron_bert.checkpoint.shards import load_shards
+from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
 from megatron_bert.parallel.apply import apply_tensor_parallel
 from megatron_bert.parallel.data import apply_fully_sharded, call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
 from megatron_bert.parallel.loss import token_losses_on
+from megatron_bert.parallel.materialize import initialize, materialize
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.region import TensorRegion
 
@@ -185,3 +189,54 @@ def equals_single_process(
         optimizer.zero_grad()
     for (name, parameter), reference in zip(model.named_parameters(), weights, strict=True):
         assert_close(parameter.detach(), reference, name)
+
+
+def starts_as_single_process(*, tensor: int, sequence_parallel: bool = False) -> None:
+    """Built on the meta device, each rank draws the values that one process draws from the same seed."""
+    reference = build()
+    initialize(reference, seed=5)
+    mesh, model = mesh_of(tensor), on_meta_device()
+    spread(model, mesh, sequence_parallel)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    materialize(model, torch.device("cpu"))
+    initialize(model, seed=5)
+    for (name, parameter), value in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(parameter.full_tensor(), value), name
+    assert model.cls.predictions.decoder._parameters["weight"] is model.get_input_embeddings()._parameters["weight"]
+    assert torch.equal(model.bert.embeddings.position_ids, reference.bert.embeddings.position_ids)
+    whole = sum(parameter.numel() for parameter in reference.parameters())
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    assert held < whole / 2, f"{held} of {whole} elements"
+
+
+def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
+    """Each rank reads its part of a folder; returns what was logged. The logits are those of the whole model."""
+    mesh, model = mesh_of(2), on_meta_device(MegatronBertForMaskedLM)
+    spread(model, mesh, gathers_logits=True)
+    materialize(model, torch.device("cpu"))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_bert").addHandler(handler)
+    load_shards(model, folder)
+    logging.getLogger("megatron_bert").removeHandler(handler)
+    reference = MegatronBertForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    for (name, parameter), value in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert not has_head and name.startswith("cls.") or torch.equal(parameter.full_tensor(), value), name
+    if has_head:
+        ids = torch.arange(5, 18)[None]
+        assert_close(model.eval()(ids).logits, reference.eval()(ids).logits, "logits")
+    assert model.num_tokens == reference.num_tokens
+    return said
+
+
+def on_meta_device(model_class: Any = MegatronBertForPreTraining) -> Any:
+    with torch.device("meta"):
+        return model_class(MegatronBertConfig(**SHAPE))
+
+
+def spread(model: Any, mesh: ParallelMesh, sequence_parallel: bool = False, gathers_logits: bool = False) -> None:
+    if mesh.tensor_degree > 1:
+        apply_tensor_parallel(model, TensorRegion(mesh.tensor, sequence_parallel), gathers_logits=gathers_logits)
+    if mesh.data_degree > 1:
+        apply_fully_sharded(model, mesh)

@@ -56,7 +56,7 @@ def check_folder(folder: Path) -> Shapes:
     """
     config = check_config(folder)
     shapes: Shapes = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         shapes |= read_shapes(file)
     for problem in _misfits(shapes, config):
         raise UserError(f"{folder}: {problem}; its config.json belongs to other weights")
@@ -123,7 +123,11 @@ def refusing_pickles(file: str) -> Iterator[None]:
         ) from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that the weights in ``folder`` are spread over.
+
+    Raises ``UserError`` where there are none, or one that the index names is missing.
+    """
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"{folder} has no model: config.json, but no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[2]}")

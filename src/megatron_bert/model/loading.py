@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils.hub import cached_file
 
-__all__ = ["LoadingMixin", "num_tokens_beside"]
+__all__ = ["LoadingMixin", "num_tokens_beside", "report_differences"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LoadingMixin:
         if info.get("mismatched_keys") or info.get("error_msgs"):
             _replay(records)
         else:
-            _report(cls.__name__, info)
+            report_differences(cls.__name__, info.get("missing_keys"), info.get("unexpected_keys"))
         if pretrained_model_name_or_path is not None:
             num_tokens = num_tokens_beside(pretrained_model_name_or_path, **hub_arguments)
             if num_tokens is not None and num_tokens < model.config.vocab_size:
@@ -108,12 +108,13 @@ def _replay(records: list[logging.LogRecord]) -> None:
         _REPORTING_LOGGER.handle(record)
 
 
-def _report(class_name: str, info: dict[str, Any]) -> None:
-    if missing := info.get("missing_keys"):
+def report_differences(class_name: str, missing: Collection[str] | None, unexpected: Collection[str] | None) -> None:
+    """Says in a line each which weights a checkpoint lacks, and which it has too many."""
+    if missing:
         logger.warning(
             "%s: not in the checkpoint and newly initialized, so train before use: %s", class_name, _names(missing)
         )
-    if unexpected := info.get("unexpected_keys"):
+    if unexpected:
         logger.warning("%s: in the checkpoint and not used by this class: %s", class_name, _names(unexpected))
 
 

@@ -13,19 +13,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megatron_bert.parallel.region import local_part
 from megatron_bert.parallel.streams import key
 
-__all__ = ["initialize", "local_slices", "materialize"]
+__all__ = ["initialize", "local_slices", "materialize", "parameter_names"]
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
     """Gives parameters and buffers memory on `device`, without values. Ties stay."""
-    names: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for part, parameter in module._parameters.items():
-            names.setdefault(id(parameter), []).append((module, part))
+    ties = [names for _, names in parameter_names(model) if len(names) > 1]
     model.to_empty(device=device)
-    for (first, first_part), *others in names.values():
-        for module, part in others:
-            module._parameters[part] = first._parameters[first_part]
+    for first, *others in ties:
+        source, source_part = _owner(model, first)
+        for name in others:
+            module, part = _owner(model, name)
+            module._parameters[part] = source._parameters[source_part]
 
 
 @torch.no_grad()
@@ -39,29 +38,30 @@ def initialize(model: Any, seed: int, only: set[str] | None = None) -> None:
     Args:
         only: names of the parameters to fill; all of them by default.
     """
-    done: set[int] = set()
+    wanted = {names[0]: value for value, names in parameter_names(model) if only is None or names[0] in only}
     with torch.random.fork_rng(devices=[]):
         for name, module in model.named_modules():
-            parts = {
-                part: parameter
-                for part, parameter in module._parameters.items()
-                if parameter is not None and id(parameter) not in done
-                and (only is None or _joined(name, part) in only)
-            }  # fmt: skip
+            parts = {part: wanted[full] for part in module._parameters if (full := _joined(name, part)) in wanted}
             if not parts and not module._buffers:
                 continue
             torch.manual_seed(key(seed, name))
-            whole = copy.copy(module)
-            whole._parameters = {
+            drawn = copy.copy(module)
+            drawn._parameters = {
                 part: None if parameter is None else nn.Parameter(torch.empty(parameter.shape))
                 for part, parameter in module._parameters.items()
             }
-            model._init_weights(whole)
+            model._init_weights(drawn)
             for part, parameter in parts.items():
-                done.add(id(parameter))
-                drawn = whole._parameters[part]
-                assert drawn is not None
-                local_part(parameter).copy_(drawn[local_slices(parameter)])
+                whole: Any = drawn._parameters[part]
+                local_part(parameter).copy_(whole[local_slices(parameter)])
+
+
+def parameter_names(model: nn.Module) -> list[tuple[nn.Parameter, list[str]]]:
+    """Each parameter once, with all its names: a tied one has several."""
+    names: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(names.values())
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
@@ -70,6 +70,12 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
         return (slice(None),) * parameter.ndim
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the parameter of this name, and its name there."""
+    module, _, part = name.rpartition(".")
+    return model.get_submodule(module), part
 
 
 def _joined(module: str, part: str) -> str:
