@@ -6,10 +6,11 @@
     PYTHONPATH=src python benchmarks/train_gpu.py ... --profile        # only where the time goes, by kernel
 
 Ours is `megatron-bert pretrain recipes/pretrain_345m.yaml` with batches of 64 rows of 512, in a process of its own,
-three times; the first records, in which compilation happens, are left out. Tokens are real tokens: padding is not
-counted. MFU: 72 B s l h^2 (1 + s / 6h) + 6 (masked) h (V + h) for rows that are full (see `planning/flops.py`) over
-what a product of 8192 x 8192 bf16 matrices reaches in the same run. Theirs: the rows of the same file, bf16 autocast,
-fused AdamW, clipping, the same dropout; every position projected, which is what the class does.
+three times; the first records, in which compilation happens, are left out. Positions are all that rows have room for,
+full or not; real tokens leave padding out. MFU, of real tokens: 72 B s l h^2 (1 + s / 6h) + 6 (masked) h (V + h) for rows
+that are full (see `planning/flops.py`) over what a product of 8192 x 8192 bf16 matrices reaches in the same run.
+Theirs: the rows of the same file, bf16 autocast, fused AdamW, clipping, the same dropout; every position projected,
+which is what the class does.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64, help="of a batch")
     parser.add_argument("--row-tokens", type=int, default=512)
+    parser.add_argument(
+        "--samples", type=int, help="of a packed batch (default: as many as rows); a few more fill them"
+    )
     parser.add_argument("--variants", default="packed,padded", help="of ours (default: packed,padded)")
     parser.add_argument("--peers", default="eager,compiled", help="of Transformers' class (default: eager,compiled)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for the recipe")
@@ -100,7 +104,7 @@ def _overrides(args: argparse.Namespace, tokens: Path, tokenizer: Path) -> list[
     return [
         f"data.tokens={tokens}", f"data.tokenizer={tokenizer}", "data.validation_share=0.0", "data.short_share=0.0",
         f"data.row_tokens={args.row_tokens}", f"training.steps={args.steps}", "training.warmup_steps=10",
-        f"training.batch_samples={args.rows}", f"runtime.micro_batch_samples={args.rows}",
+        f"runtime.micro_batch_samples={args.rows}",
         "runtime.log_every_steps=10", "runtime.keep_checkpoints=1", *args.set,
     ]  # fmt: skip
 
@@ -111,18 +115,30 @@ def _overrides(args: argparse.Namespace, tokens: Path, tokenizer: Path) -> list[
 def _ours(args: argparse.Namespace, variant: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     """The median of `--runs` runs of the command."""
     runs = []
+    settings = [*overrides, *_of_variant(args, variant)]
+    configuration, network, corpus = _parts(args, settings, folder)
+    del network
+    steps = itertools.islice(_steps(corpus, configuration), 20)
+    positions = statistics.mean(sum(batch["input_ids"].numel() for batch in step.micro_batches) for step in steps)
     for number in range(args.runs):
         output = folder / f"run-{variant}-{number}"
-        words = [*overrides, f"output={output}", f"runtime.packing={str(variant == 'packed').lower()}"]
+        words = [*settings, f"output={output}"]
         before = time.perf_counter()
         _verb("pretrain", str(args.recipe), "--json", "--overwrite", *_as_options(words))
         wall = time.perf_counter() - before
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [record for record in map(json.loads, lines) if record["kind"] == "training"]
         kept = [record for record in records if record["step"] > args.skip_steps]
+        for record in kept:
+            record["positions_per_second"] = positions * configuration.runtime.log_every_steps / record["seconds"]
         runs.append({**_medians(kept), "wall_seconds": wall, "first_record_seconds": records[0]["seconds"]})
         print(f"{variant} {number}: {json.dumps(runs[-1])}", flush=True)
     return {"name": f"megatron-bert, {variant}", **_medians(runs), "runs": runs}
+
+
+def _of_variant(args: argparse.Namespace, variant: str) -> list[str]:
+    samples = args.samples if args.samples and variant == "packed" else args.rows
+    return [f"training.batch_samples={samples}", f"runtime.packing={str(variant == 'packed').lower()}"]
 
 
 def _medians(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -192,6 +208,7 @@ def _their_steps(args: argparse.Namespace, kind: str, rows: int, overrides: list
         model.config, real, sum(batch.num_attended_pairs for batch in seen), sum(batch.num_masked for batch in seen)
     )
     result = {"name": f"Transformers, {kind}, batch {rows}", "tokens_per_second": real / seconds}
+    result["positions_per_second"] = sum(batch["input_ids"].numel() for batch in batches[5:]) / seconds
     if peak and device.type == "cuda":
         result |= {"mfu": flops / seconds / peak, "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     print(json.dumps(result), flush=True)
@@ -212,14 +229,12 @@ def _full_width(name: str, value: torch.Tensor, row_tokens: int) -> torch.Tensor
 
 def _profile(args: argparse.Namespace, overrides: list[str], folder: Path) -> None:
     """Three steps of ours under PyTorch's profiler: kernels by their share of the device's time."""
-    from megatron_bert.data.batches import Position
     from megatron_bert.training.execution import build_objective, should_compile
     from megatron_bert.training.optimizer import build_optimizer
     from megatron_bert.training.step import train_step
 
     device = _device()
-    packed = "packed" in args.variants.split(",")
-    configuration, network, corpus = _parts(args, [*overrides, f"runtime.packing={str(packed).lower()}"], folder)
+    configuration, network, corpus = _parts(args, [*overrides, *_of_variant(args, args.variants.split(",")[0])], folder)
     network.to(device)
     runtime = configuration.runtime
     objective = build_objective(
@@ -227,7 +242,7 @@ def _profile(args: argparse.Namespace, overrides: list[str], folder: Path) -> No
         recompute=runtime.recompute, compiled=should_compile(runtime.compile, device),
     )  # fmt: skip
     optimizer = build_optimizer(network, configuration.optimizer)
-    steps = _steps(corpus, configuration, Position())
+    steps = _steps(corpus, configuration)
     batches = [[objective.micro_batch(batch) for batch in next(steps).micro_batches] for _ in range(5)]
 
     def run(number: int) -> None:
@@ -261,18 +276,17 @@ def _parts(args: argparse.Namespace, overrides: list[str], folder: Path) -> tupl
 
 
 def _padded_batches(corpus: Any, configuration: Any) -> Iterator[dict[str, torch.Tensor]]:
-    from megatron_bert.data.batches import Position
-
-    for step in _steps(corpus, configuration, Position()):
+    for step in _steps(corpus, configuration):
         yield from step.micro_batches
 
 
-def _steps(corpus: Any, configuration: Any, start: Any) -> Iterator[Any]:
-    from megatron_bert.data.batches import BatchLayout
+def _steps(corpus: Any, configuration: Any) -> Iterator[Any]:
+    """The trainer's steps, made in this process."""
+    from megatron_bert.data.batches import BatchLayout, Position
 
-    rows, packing = configuration.training.batch_samples, configuration.runtime.packing
-    layout = corpus.best_layout(BatchLayout(rows, rows, packing=packing))
-    return corpus.steps(layout, start, num_workers=0, pin=False)
+    samples, runtime = configuration.training.batch_samples, configuration.runtime
+    layout = corpus.best_layout(BatchLayout(samples, runtime.micro_batch_samples, packing=runtime.packing))
+    return corpus.steps(layout, Position(), num_workers=0, pin=False)
 
 
 def _device() -> torch.device:
@@ -303,9 +317,10 @@ def _print(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     batch = f"batches of {args.rows} x {args.row_tokens}"
     print(f"\n{device}; {versions}; {args.recipe.stem}, {batch}, median of {args.runs} runs of {args.steps} steps\n")
-    print("| | real tokens/s | MFU | waiting for data | peak memory, GiB |\n|---|---|---|---|---|")
+    print("| | positions/s | real tokens/s | MFU | waiting for data | peak memory, GiB |\n|---|---|---|---|---|---|")
     for row in rows:
-        cells = [row["name"], _cell(row, "tokens_per_second", ",.0f"), _cell(row, "mfu", ".3f"),
+        cells = [row["name"], _cell(row, "positions_per_second", ",.0f"),
+                 _cell(row, "tokens_per_second", ",.0f"), _cell(row, "mfu", ".3f"),
                  _cell(row, "data_waiting_share", ".2%"), _cell(row, "peak_memory_gib", ".1f")]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
 
