@@ -7,8 +7,8 @@
 
 Ours is `megatron-bert pretrain recipes/pretrain_345m.yaml` with batches of 64 rows of 512, in a process of its own,
 three times; the first records, in which compilation happens, are left out. Positions are all that rows have room for,
-full or not; real tokens leave padding out. MFU, of real tokens: 72 B s l h^2 (1 + s / 6h) + 6 (masked) h (V + h) for rows
-that are full (see `planning/flops.py`) over what a product of 8192 x 8192 bf16 matrices reaches in the same run.
+full or not; real tokens leave padding out. MFU, of real tokens: 72 B s l h^2 (1 + s / 6h) + 6 (masked) h (V + h) for
+rows that are full (see `planning/flops.py`) over what a product of 8192 x 8192 bf16 matrices reaches in the same run.
 Theirs: the rows of the same file, bf16 autocast, fused AdamW, clipping, the same dropout; every position projected,
 which is what the class does.
 """
