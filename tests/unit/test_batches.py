@@ -16,12 +16,11 @@ from megatron_bert.data.batches import (
     Position,
     StepBatches,
     StepPlanner,
-    collate_packed,
-    collate_padded,
     evaluation_batches,
     training_steps,
 )
 from megatron_bert.data.blending import Blend
+from megatron_bert.data.collation import collate_packed, collate_padded
 from megatron_bert.data.indexed import IndexedReader
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.data.pairs import PairIndex

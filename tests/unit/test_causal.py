@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_bert.data.batches import collate_causal
 from megatron_bert.data.causal import CausalBuilder, CausalIndex
+from megatron_bert.data.collation import collate_causal
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.data.samples import Sample, SampleKey, SamplePlan, SampleRules, TokenFile
 from tests.unit.token_files import all_documents, many, write_token_file

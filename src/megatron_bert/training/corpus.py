@@ -12,19 +12,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bert.data.batches import (
-    Batch,
     BatchLayout,
-    Collate,
     StepBatches,
     StepPlanner,
-    collate_causal,
-    collate_packed,
-    collate_padded,
     evaluation_batches,
     training_steps,
 )
 from megatron_bert.data.blending import Blend, Position
 from megatron_bert.data.causal import CausalBuilder, CausalIndex
+from megatron_bert.data.collation import Batch, Collate, collate_causal, collate_packed, collate_padded
 from megatron_bert.data.indexed import IndexedReader
 from megatron_bert.data.masking import Masker
 from megatron_bert.data.pairs import PairIndex
