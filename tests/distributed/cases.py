@@ -222,7 +222,7 @@ def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
     logging.getLogger("megatron_bert").removeHandler(handler)
     reference = MegatronBertForMaskedLM.from_pretrained(folder, dtype=torch.float32)
     for (name, parameter), value in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert not has_head and name.startswith("cls.") or torch.equal(parameter.full_tensor(), value), name
+        assert (not has_head and name.startswith("cls.")) or torch.equal(parameter.full_tensor(), value), name
     if has_head:
         ids = torch.arange(5, 18)[None]
         assert_close(model.eval()(ids).logits, reference.eval()(ids).logits, "logits")

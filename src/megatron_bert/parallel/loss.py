@@ -64,15 +64,14 @@ class _CrossEntropy(torch.autograd.Function):
         exponentials_MV = (logits_MV - top_M[:, None]).exp_()
         # The lowest row of several highest ones is the argmax: one before the target, here, makes the target wrong.
         is_beaten_M = (highest_M == top_M) & (place_M + region.rank * rows < targets_M)
-        target_logits_M = logits_MV.gather(-1, local_targets_M[:, None])[:, 0] * is_here_M
+        target_logits_M = logits_MV.gather(-1, local_targets_M[:, None])[:, 0].where(is_here_M, 0.0)
         parts_3M = torch.stack([exponentials_MV.sum(-1), target_logits_M, is_beaten_M.float()])
         sums_M, target_logits_M, beaten_M = _all_reduced(parts_3M, "sum", region)
 
         ctx.save_for_backward(exponentials_MV, sums_M, local_targets_M, is_here_M, counts_M)
         correct_M = (target_logits_M == top_M) & (beaten_M == 0) & counts_M
         ctx.mark_non_differentiable(correct_M)
-        losses_M = (sums_M.log() + top_M - target_logits_M) * counts_M
-        return losses_M, correct_M
+        return (sums_M.log() + top_M - target_logits_M).where(counts_M, 0.0), correct_M
 
     @staticmethod
     def backward(ctx: Any, gradient_M: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
