@@ -112,7 +112,8 @@ def test_shapes_that_are_filled_up_change_nothing_and_stay() -> None:
     micros = [MicroBatch.of(one, shapes) for one in (*batches, *map(packed, batches[:2]))]
     assert {tuple(micro.inputs["input_ids"].shape) for micro in micros[:3]} == {(6, 24)}
     assert len({micro.positions.shape for micro in micros}) == 1
-    assert len({micro.inputs["cu_seq_lens_q"].shape for micro in micros}) == 1
+    assert {micro.inputs["attention_mask"].shape for micro in micros[:3]} == {(6, 1, 1, 24)}
+    assert len({micro.inputs["cu_seq_lens_q"].shape for micro in micros[3:]}) == 1
 
 
 def test_compiled_steps_agree_and_nothing_is_compiled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +130,13 @@ def test_compiled_steps_agree_and_nothing_is_compiled_twice(monkeypatch: pytest.
     plain, other = tiny_model(3), {name: value.clone() for name, value in tiny_model(3).state_dict().items()}
     compiled.load_state_dict(other)
     assert_same(steps_of(plain, Objective(plain, CPU), batches), steps_of(compiled, objective, batches))
+    assert counters["stats"]["unique_graphs"] == graphs
+    plain, rows = tiny_model(3), [packed(one) for one in batches[:2]]
+    compiled.load_state_dict(plain.state_dict())
+    found = steps_of(compiled, objective, rows)
+    assert_same(steps_of(plain, Objective(plain, CPU), rows), found)
+    graphs = counters["stats"]["unique_graphs"]
+    steps_of(compiled, objective, [packed(batch(seed=3))])
     assert counters["stats"]["unique_graphs"] == graphs
 
 

@@ -18,6 +18,15 @@ from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layo
 
 __all__ = ["FixedShapes", "MicroBatch"]
 
+# What a padded batch has, and what its padding holds.
+_PADDING = {
+    "input_ids": 0,
+    "token_type_ids": 0,
+    "attention_mask": 0,
+    "labels": IGNORED,
+    "next_sentence_label": IGNORED,
+}
+
 
 class FixedLayout:
     """A `PackedLayout` for compiled layers: its boundaries and its longest sequence have the same size in every batch.
@@ -88,8 +97,9 @@ class MicroBatch:
     """A batch as the objective takes it; the numbers are known without asking the device.
 
     Attributes:
-        inputs: arguments of `MegatronBertModel`: input_ids, token_type_ids; packed position_ids and cu_seq_lens_q.
-        layout: where the real tokens lie; None where every row is full.
+        inputs: arguments of `MegatronBertModel`: input_ids, token_type_ids; packed position_ids and cu_seq_lens_q;
+            filled up attention_mask, bool [B, 1, 1, S].
+        layout: where the real tokens lie; None where every row is run whole.
         positions: int64 [M], the predicted positions in the flattened [B * S].
         targets: int64 [M], the tokens there; IGNORED where M was filled up.
         pair_labels: int64 [B], packed [n]; IGNORED for a row without a pair; None where there are no pairs at all.
@@ -111,19 +121,23 @@ class MicroBatch:
         """From a collated batch in the CPU's memory, padded or packed; with `shapes`, filled up to them."""
         lengths = _real_lengths(batch)
         if shapes is not None and "cu_seq_lens" not in batch:
-            batch = _as_packed(batch, shapes)
+            batch = _filled_up(batch, shapes)
         labels, pairs = batch["labels"].flatten(), batch.get("next_sentence_label")
         positions = (labels != IGNORED).nonzero(as_tuple=True)[0]
         targets, num_masked = labels[positions], len(positions)
         inputs = {name: batch[name] for name in ("input_ids", "token_type_ids")}
-        if "position_ids" in batch:
-            inputs["position_ids"] = batch["position_ids"]
+        inputs |= {name: batch[name] for name in ("position_ids",) if name in batch}
         num_pairs = 0 if pairs is None else int((pairs != IGNORED).sum())
         if shapes is not None:
             room = shapes.predicted(num_masked) - num_masked
             positions = functional.pad(positions, (0, room))
             targets = functional.pad(targets, (0, room), value=IGNORED)
-        layout: PackedLayout | FixedLayout | None = layout_of_padding(batch.get("attention_mask"))
+        layout: PackedLayout | FixedLayout | None = None
+        mask = batch.get("attention_mask")
+        if mask is not None and shapes is not None:
+            inputs["attention_mask"] = mask.bool()[:, None, None, :]
+        elif mask is not None:
+            layout = layout_of_padding(mask)
         if "cu_seq_lens" in batch:
             layout, boundaries = _packed_layout(batch, shapes)
             inputs["cu_seq_lens_q"] = boundaries
@@ -182,29 +196,18 @@ def _packed_layout(batch: Batch, shapes: FixedShapes | None) -> tuple[PackedLayo
     return FixedLayout(layout, filled, columns), filled
 
 
-def _as_packed(batch: Batch, shapes: FixedShapes) -> Batch:
-    """A padded batch as packed rows of the fixed shape: each row's padding becomes a sequence of its own.
-
-    What a packed batch's shape depends on then no longer depends on the rows' lengths, at the price of computing
-    padding.
-    """
+def _filled_up(batch: Batch, shapes: FixedShapes) -> Batch:
+    """A padded batch with rows and columns of padding, as many as the fixed shape wants."""
     rows, columns = batch["input_ids"].shape
-    shape = (max(shapes.rows, rows), max(shapes.row_tokens, columns))
-    margins = (0, shape[1] - columns, 0, shape[0] - rows)
-    lengths = functional.pad(_real_lengths(batch), (0, shape[0] - rows))
-    ends = torch.arange(1, shape[0] + 1) * shape[1]
-    boundaries = torch.stack([ends - shape[1] + lengths, ends], dim=1).flatten()
-    packed = {
-        "input_ids": functional.pad(batch["input_ids"], margins),
-        "token_type_ids": functional.pad(batch["token_type_ids"], margins),
-        "position_ids": torch.arange(shape[1]).expand(shape).contiguous(),
-        "labels": functional.pad(batch["labels"], margins, value=IGNORED),
-        "cu_seq_lens": functional.pad(boundaries, (1, 0)).int(),
+    margins = (0, max(shapes.row_tokens - columns, 0), 0, max(shapes.rows - rows, 0))
+    filled = {
+        name: functional.pad(batch[name], margins if batch[name].ndim == 2 else margins[2:], value=value)
+        for name, value in _PADDING.items()
+        if name in batch
     }
-    if (pairs := batch.get("next_sentence_label")) is not None:
-        filled = functional.pad(pairs, (0, shape[0] - rows), value=IGNORED)
-        packed["next_sentence_label"] = torch.stack([filled, torch.full_like(filled, IGNORED)], dim=1).flatten()
-    return packed
+    if "attention_mask" in filled:
+        filled["attention_mask"][rows:, 0] = 1  # attention to nothing is not a number
+    return filled
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
