@@ -126,3 +126,18 @@ def test_bad_input_in_the_middle_leaves_nothing(
     with pytest.raises(UserError, match=r"bad\.jsonl line 3 is not JSON"):
         preprocess([tmp_path / "bad.jsonl"], tokenizer, "t", tmp_path / "deep" / "out", splitter=SentenceSplitter())
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_long_text_is_encoded_in_parts(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["Paris is old.\n" * 30, "Paris is old. It is. " * 20, "Short."]
+    run(tmp_path, tokenizer_folder, texts)
+    monkeypatch.setattr(module, "_PART_CHARACTERS", 42)  # three lines, and twice the two sentences of the other text
+    run(tmp_path, tokenizer_folder, texts, "parts")
+    whole, parts = IndexedReader(tmp_path / "out"), IndexedReader(tmp_path / "parts")
+    for name in ("tokens", "lengths", "documents"):
+        assert getattr(whole, name).tolist() == getattr(parts, name).tolist()
+    monkeypatch.setattr(module, "_PART_CHARACTERS", 5)  # within sentences: no token is lost
+    run(tmp_path, tokenizer_folder, texts, "tiny")
+    assert IndexedReader(tmp_path / "tiny").tokens.tolist() == whole.tokens.tolist()

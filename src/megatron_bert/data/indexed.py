@@ -17,6 +17,7 @@ PREFIX.json is ours: which vocabulary made the tokens (see `Provenance`), so tha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -47,6 +48,7 @@ _TYPES: dict[int, type[np.number[Any]]] = {
 _CODES = {np.dtype(scalar): code for code, scalar in _TYPES.items()}
 _CHUNK_BYTES = 1 << 22
 _CHUNK_SENTENCES = 1 << 20
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SMALL_VOCABULARY = 65500  # megatron-core's limit for uint16
 
 
@@ -109,6 +111,8 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+            error.filename = str(self.prefix)
         for path in self._temporary:
             path.unlink(missing_ok=True)
         for file in (self._lengths, self._ends, self._tokens):

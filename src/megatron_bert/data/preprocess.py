@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,9 @@ from megatron_bert.data.workers import ordered_map
 from megatron_bert.errors import UserError
 
 __all__ = ["BlockEncoder", "EncodedBlock", "Report", "preprocess"]
+
+
+_PART_CHARACTERS = 1 << 20  # of a text that are split and tokenized at a time
 
 
 class EncodedBlock(NamedTuple):
@@ -68,14 +71,44 @@ class BlockEncoder:
             UserError: see `parse_block`.
         """
         documents = parse_block(block, self._json_key, skip_bad=self._skip_bad)
-        sentences = [self._splitter.split(text) for text in documents.texts]
-        tokens, lengths = self._encoder.encode(sentence for of_document in sentences for sentence in of_document)
-        ends = np.cumsum([len(of_document) for of_document in sentences], dtype=np.int64)
+        tokens, lengths, sentences = self._encode(documents.texts)
+        ends = np.cumsum(sentences, dtype=np.int64)
         filled = np.concatenate([[0], np.cumsum(lengths > 0)])
         return EncodedBlock(
             tokens, lengths[lengths > 0], np.diff(filled[ends], prepend=0), documents.begins_inside,
             documents.ends_inside, documents.dropped, block.file, block.consumed_bytes,
         )  # fmt: skip
+
+    def _encode(self, texts: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], list[int]]:
+        """The tokens end to end, the length of each sentence, the sentences of each text. What lies between text and
+        tokens takes many times the text's memory, so of a long one it is held for a part at a time.
+        """
+        encoded, held, characters = [self._encoder.encode([])], [], 0
+        sentences = []
+        for text in texts:
+            sentences.append(0)
+            for part in _parts(text):
+                found = self._splitter.split(part)
+                held += found
+                sentences[-1] += len(found)
+                characters += len(part)
+                if characters >= _PART_CHARACTERS:
+                    encoded.append(self._encoder.encode(held))
+                    held, characters = [], 0
+        encoded.append(self._encoder.encode(held))
+        tokens, lengths = zip(*encoded, strict=True)
+        return np.concatenate(tokens), np.concatenate(lengths), sentences
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of bounded length, cut at line breaks, or at spaces where a line is longer than a part."""
+    start = 0
+    while len(text) - start > _PART_CHARACTERS:
+        stop = start + _PART_CHARACTERS
+        end = next((at + 1 for mark in "\n " if (at := text.rfind(mark, start, stop)) >= 0), stop)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 @dataclass
