@@ -32,7 +32,7 @@ def sum_sequence_gradients(model: nn.Module, region: TensorRegion) -> None:
     if not parts:
         return
     together = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(together, group=region.group)
+    dist.all_reduce(together, group=region.mesh.get_group())
     for part, complete in zip(parts, torch.split(together, [part.numel() for part in parts]), strict=True):
         part.copy_(complete.view_as(part))
 

@@ -84,5 +84,5 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _all_reduced(values: Tensor, operation: str, region: TensorRegion) -> Tensor:
-    reduced: Tensor = collectives.all_reduce(values, operation, region.group)
+    reduced: Tensor = collectives.all_reduce(values, operation, region.mesh)
     return reduced

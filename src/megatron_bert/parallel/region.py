@@ -6,11 +6,9 @@ B batch, S sequence (or 1 and T packed tokens), D hidden or any feature size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional
@@ -29,25 +27,18 @@ class TensorRegion:
         sequence_parallel: between the sharded regions, hold S / degree tokens (rounded up) on each rank, instead of all
             of them on every rank. Where S is no multiple of the degree, the last ranks' parts end in zeros that nothing
             depends on.
+        degree: the number of ranks.
+        rank: this process's place among them.
     """
 
     mesh: DeviceMesh
     sequence_parallel: bool = False
+    degree: int = field(init=False)
+    rank: int = field(init=False)
 
-    @cached_property
-    def degree(self) -> int:
-        """The number of ranks."""
-        return self.mesh.size()
-
-    @cached_property
-    def rank(self) -> int:
-        """This process's place among them."""
-        return self.mesh.get_local_rank()
-
-    @cached_property
-    def group(self) -> ProcessGroup:
-        """The ranks' process group."""
-        return self.mesh.get_group()
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "degree", self.mesh.size())
+        object.__setattr__(self, "rank", self.mesh.get_local_rank())
 
     def copy(self, states: Tensor) -> Tensor:
         """f: into a sharded region. The identity, and in the backward pass an all-reduce."""
