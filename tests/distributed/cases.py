@@ -19,13 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
-from megatron_bert.parallel.apply import apply_tensor_parallel
-from megatron_bert.parallel.data import apply_fully_sharded, call_within
+from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
 from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import initialize, materialize
 from megatron_bert.parallel.mesh import ParallelMesh
-from megatron_bert.parallel.region import TensorRegion
+from megatron_bert.parallel.parallelize import parallelize
 
 TOLERANCE = 1e-5  # of a tensor's norm; float32 rounds at 6e-8, and sums are in another order
 SHAPE = {
@@ -41,8 +40,8 @@ SHAPE = {
 
 
 @cache
-def mesh_of(tensor: int, replicate: int = 1) -> ParallelMesh:
-    return ParallelMesh.of(device_type="cpu", tensor=tensor, replicate=replicate)
+def mesh_of(tensor: int, sequence_parallel: bool = False, replicate: int = 1) -> ParallelMesh:
+    return ParallelMesh.of(device_type="cpu", tensor=tensor, replicate=replicate, sequence_parallel=sequence_parallel)
 
 
 def build(model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:
@@ -158,16 +157,9 @@ def equals_single_process(
 ) -> None:
     """Losses, the first step's gradients and their norm, and the weights after the last step."""
     gradients, weights, norm, curve = single_process(packed, steps)
-    mesh = mesh_of(tensor, replicate)
-    region = TensorRegion(mesh.tensor, sequence_parallel)
-    model = build()
-    if tensor > 1:
-        apply_tensor_parallel(model, region, gathers_logits=False)
-    if recompute:
-        recompute_layers(model)
-    if mesh.data_degree > 1:
-        apply_fully_sharded(model, mesh)
-    optimizer, token_losses = optimizer_of(model), token_losses_on(region) if tensor > 1 else None
+    mesh, model = mesh_of(tensor, sequence_parallel, replicate), build()
+    parallelize(model, mesh, prepare_layers=recompute_layers if recompute else None)
+    optimizer, token_losses = optimizer_of(model), token_losses_on(mesh.region) if tensor > 1 else None
     for step in range(steps):
         batches = step_batches(4, packed=packed)[mesh.data_rank :: mesh.data_degree]
         counts = torch.tensor([sum(int((b.labels != -100).sum()) for b in batches), sum(len(b.pairs) for b in batches)])
@@ -178,7 +170,7 @@ def equals_single_process(
             loss = masked_loss / counts[0] + pair_loss / counts[1]
             loss.backward()
             total += loss.detach()
-        sum_sequence_gradients(model, region)
+        sum_sequence_gradients(model, mesh.region)
         dist.all_reduce(total, group=mesh.data.get_group())
         assert abs(float(total) - curve[step]) <= TOLERANCE * curve[step]
         if step == 0:
@@ -191,12 +183,12 @@ def equals_single_process(
         assert_close(parameter.detach(), reference, name)
 
 
-def starts_as_single_process(*, tensor: int, sequence_parallel: bool = False) -> None:
+def starts_as_single_process(*, tensor: int) -> None:
     """Built on the meta device, each rank draws the values that one process draws from the same seed."""
     reference = build()
     initialize(reference, seed=5)
-    mesh, model = mesh_of(tensor), on_meta_device()
-    spread(model, mesh, sequence_parallel)
+    model = on_meta_device()
+    parallelize(model, mesh_of(tensor))
     assert all(parameter.is_meta for parameter in model.parameters())
     materialize(model, torch.device("cpu"))
     initialize(model, seed=5)
@@ -211,8 +203,8 @@ def starts_as_single_process(*, tensor: int, sequence_parallel: bool = False) ->
 
 def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
     """Each rank reads its part of a folder; returns what was logged. The logits are those of the whole model."""
-    mesh, model = mesh_of(2), on_meta_device(MegatronBertForMaskedLM)
-    spread(model, mesh, gathers_logits=True)
+    model = on_meta_device(MegatronBertForMaskedLM)
+    parallelize(model, mesh_of(2), gathers_logits=True)
     materialize(model, torch.device("cpu"))
     said: list[str] = []
     handler = logging.Handler()
@@ -233,10 +225,3 @@ def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
 def on_meta_device(model_class: Any = MegatronBertForPreTraining) -> Any:
     with torch.device("meta"):
         return model_class(MegatronBertConfig(**SHAPE))
-
-
-def spread(model: Any, mesh: ParallelMesh, sequence_parallel: bool = False, gathers_logits: bool = False) -> None:
-    if mesh.tensor_degree > 1:
-        apply_tensor_parallel(model, TensorRegion(mesh.tensor, sequence_parallel), gathers_logits=gathers_logits)
-    if mesh.data_degree > 1:
-        apply_fully_sharded(model, mesh)

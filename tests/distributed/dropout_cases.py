@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bert.parallel.apply import apply_tensor_parallel
-from megatron_bert.parallel.mesh import ParallelMesh
-from megatron_bert.parallel.region import TensorRegion
+from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.parallel.streams import own_stream
 from tests.distributed.cases import build, mesh_of, recompute_layers
 
@@ -21,7 +19,7 @@ IDS = torch.arange(4 * 30).remainder(60).view(4, 30)
 def dropping_model(sequence_parallel: bool) -> Any:
     model = build(hidden_dropout_prob=HIDDEN_SHARE, attention_probs_dropout_prob=ATTENTION_SHARE)
     model.set_attn_implementation("eager")  # whose probabilities can be looked at
-    apply_tensor_parallel(model, TensorRegion(mesh_of(dist.get_world_size()).tensor, sequence_parallel))
+    parallelize(model, mesh_of(dist.get_world_size(), sequence_parallel))
     return model.train()
 
 
@@ -103,8 +101,7 @@ def recomputed(*, sequence_parallel: bool) -> None:
 
 
 def seeds(tensor: int) -> int:
-    mesh: ParallelMesh = mesh_of(tensor)
-    return mesh.stream_seed(1234)
+    return mesh_of(tensor).stream_seed(1234)
 
 
 def common_stream_moves_alike() -> tuple[float, float]:

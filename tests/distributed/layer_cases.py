@@ -13,10 +13,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.model import MegatronBertForCausalLM, MegatronBertForPreTraining
-from megatron_bert.parallel.apply import apply_tensor_parallel
 from megatron_bert.parallel.gradients import sum_sequence_gradients
 from megatron_bert.parallel.loss import vocabulary_parallel_cross_entropy
 from megatron_bert.parallel.region import TensorRegion
+from megatron_bert.parallel.tensor import apply_tensor_parallel
 from tests.distributed.cases import SHAPE, assert_close, build, mesh_of, recompute_layers
 
 DECODER = {"is_decoder": True, "add_cross_attention": True}
@@ -25,7 +25,7 @@ TOKENS = 8  # divisible by the degrees that parts of a sequence are looked at wi
 
 def twins(sequence_parallel: bool = False, model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:
     """The single-process model, the parallel one over all ranks, and the ranks."""
-    region = TensorRegion(mesh_of(dist.get_world_size()).tensor, sequence_parallel)
+    region = mesh_of(dist.get_world_size(), sequence_parallel).region
     reference, parallel = build(model_class, **changes), build(model_class, **changes)
     apply_tensor_parallel(parallel, region, gathers_logits=model_class is not MegatronBertForPreTraining)
     return reference, parallel, region
@@ -37,7 +37,11 @@ def hidden(num_tokens: int = TOKENS, seed: int = 1, width: int = SHAPE["hidden_s
 
 
 def compare(
-    ours: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], inputs: Tensor, modules: tuple[Any, Any]
+    ours: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    modules: tuple[Any, Any],
+    region: TensorRegion | None = None,
 ) -> None:
     """Output, and after a backward pass from the same gradient the input's and every parameter's gradient."""
     copies = [inputs.detach().clone().requires_grad_(inputs.is_floating_point()) for _ in range(2)]
@@ -46,6 +50,8 @@ def compare(
     gradient = torch.randn(outputs[1].shape, generator=torch.Generator().manual_seed(2))
     for output in outputs:
         output.backward(gradient)
+    if region is not None:
+        sum_sequence_gradients(modules[0], region)
     if inputs.is_floating_point():
         assert_close(copies[0].grad, copies[1].grad, "gradient of the input")
     scale = max(float(parameter.grad.norm()) for parameter in modules[1].parameters() if parameter.grad is not None)
@@ -102,8 +108,8 @@ def blocks(*, sequence_parallel: bool, num_tokens: int) -> None:
             options = {} if part is mlp else {"num_tokens": num_tokens}
             return region.gather_tokens(ours(region.split_tokens(states), *args, **options), num_tokens)
 
-        compare_after = sum_of_parts(on_parts, parallel, region)
-        compare(compare_after, lambda states: theirs(states, *args), hidden(num_tokens), (parallel, reference))
+        modules = parallel, reference
+        compare(on_parts, lambda states: theirs(states, *args), hidden(num_tokens), modules, region)
 
     mlp = lambda model: model.bert.encoder.layer[0].feed_forward_chunk  # noqa: E731
     check(lambda model: model.bert.encoder.layer[0].attention, mask)
@@ -113,25 +119,9 @@ def blocks(*, sequence_parallel: bool, num_tokens: int) -> None:
           **DECODER)  # fmt: skip
 
 
-def sum_of_parts(function: Callable[[Tensor], Tensor], model: Any, region: TensorRegion) -> Callable[[Tensor], Tensor]:
-    """The function, whose backward pass ends with what a step's last one is followed by."""
-
-    class Completed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, states: Tensor) -> Tensor:
-            return states.view_as(states)
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            sum_sequence_gradients(model, region)
-            return gradient
-
-    return lambda states: function(Completed.apply(states))
-
-
 def cross_entropy_equals_torch() -> None:
     """Losses, right predictions and gradients; ignored targets, targets on every rank, ties, and huge logits."""
-    region = TensorRegion(mesh_of(dist.get_world_size()).tensor)
+    region = mesh_of(dist.get_world_size()).region
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(40, 64, generator=generator) * 5
     logits[3] = 0.0  # all tied: row 0 is the argmax
@@ -194,7 +184,7 @@ def recomputed_traffic() -> list[tuple[str, int]]:
 
 def loss_traffic(num_tokens: int) -> list[tuple[str, int]]:
     """What the loss sends, forward and backward."""
-    region = TensorRegion(mesh_of(dist.get_world_size()).tensor)
+    region = mesh_of(dist.get_world_size()).region
     logits = torch.randn(num_tokens, 500, requires_grad=True)
     with Traffic() as traffic:
         losses, _ = vocabulary_parallel_cross_entropy(logits, torch.zeros(num_tokens, dtype=torch.int64), region)

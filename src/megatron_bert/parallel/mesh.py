@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_bert.errors import UserError
+from megatron_bert.parallel.region import TensorRegion
 from megatron_bert.parallel.streams import key
 
 __all__ = ["ParallelMesh"]
@@ -22,17 +23,24 @@ class ParallelMesh:
     Attributes:
         device_mesh: of the dimensions `replicate`, `shard` and `tensor`. `replicate` x `shard` are data-parallel:
             weights, gradients and optimizer states are split over `shard` and are the same over `replicate`.
+        sequence_parallel: see `TensorRegion`.
     """
 
     device_mesh: DeviceMesh
+    sequence_parallel: bool = False
 
     @classmethod
-    def of(cls, *, device_type: str, tensor: int = 1, replicate: int = 1) -> ParallelMesh:
+    def of(
+        cls, *, device_type: str, tensor: int = 1, replicate: int = 1, sequence_parallel: bool = False
+    ) -> ParallelMesh:
         """All ranks of the initialised default process group; `shard` takes those that the others leave.
 
         Raises:
-            UserError: the numbers do not multiply to the number of ranks.
+            UserError: the numbers do not multiply to the number of ranks, or sequence parallelism is asked of one rank.
         """
+        if sequence_parallel and tensor == 1:
+            raise UserError("sequence parallelism splits a sequence over the ranks of a tensor-parallel group: with a "
+                            "tensor-parallel degree of 1, leave it out")  # fmt: skip
         ranks = dist.get_world_size()
         shard, rest = divmod(ranks, tensor * replicate)
         if rest or not shard:
@@ -41,12 +49,18 @@ class ParallelMesh:
                 + (f" in {replicate} replicas" if replicate > 1 else "")
                 + f": start a multiple of {tensor * replicate}"
             )
-        return cls(init_device_mesh(device_type, (replicate, shard, tensor), mesh_dim_names=_DIMS))
+        grid = init_device_mesh(device_type, (replicate, shard, tensor), mesh_dim_names=_DIMS)
+        return cls(grid, sequence_parallel)
 
     @cached_property
     def tensor(self) -> DeviceMesh:
         """This rank's tensor-parallel group."""
         return self.device_mesh["tensor"]
+
+    @cached_property
+    def region(self) -> TensorRegion:
+        """That group as a layer sees it."""
+        return TensorRegion(self.tensor, self.sequence_parallel)
 
     @cached_property
     def sharding(self) -> DeviceMesh:
