@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,15 +92,13 @@ class StepPlanner:
 
     def micro_batches(self, keys: Sequence[SampleKey]) -> list[_RowPlans]:
         """This rank's micro-batches of a step; every rank has as many, with packing all of the same shape."""
-        layout = self.layout
-        rows = self._rows([self._plan(key) for key in keys]) if layout.packing else [[key] for key in keys]
-        rows += [[] for _ in range(-len(rows) % self._rows_dealt_at_once)]
+        layout, plans = self.layout, [self._plan(key) for key in keys]
+        rows = self._rows(plans) if layout.packing else [[plan] for plan in plans]
+        filling: list[SamplePlan] = [] if layout.packing else [_EMPTY]
+        rows += [filling] * (-len(rows) % self._rows_dealt_at_once)
         share = len(rows) // layout.world_size
         mine = rows[layout.rank * share : (layout.rank + 1) * share]
-        planned = [[self._plan(key) for key in row] for row in mine]
-        if not layout.packing:
-            planned = [row or [_EMPTY] for row in planned]
-        return [planned[at : at + layout.micro_samples] for at in range(0, share, layout.micro_samples)]
+        return [mine[at : at + layout.micro_samples] for at in range(0, share, layout.micro_samples)]
 
     def best_layout(self) -> BatchLayout:
         """The layout, with as many rows to a packed micro-batch as leave the least to padding, and never more."""
@@ -122,10 +121,10 @@ class StepPlanner:
     def _rows_dealt_at_once(self) -> int:
         return self.layout.world_size * (self.layout.micro_samples if self.layout.packing else 1)
 
-    def _rows(self, plans: Sequence[SamplePlan]) -> list[list[SampleKey]]:
+    def _rows(self, plans: Sequence[SamplePlan]) -> list[list[SamplePlan]]:
         """The samples of each packed row."""
         rows = pack(np.array([plan.row_tokens for plan in plans]), self._row_tokens)
-        return [[plans[sample].key for sample in row] for row in rows]
+        return [[plans[sample] for sample in row] for row in rows]
 
     def _plan(self, key: SampleKey) -> SamplePlan:
         plan: SamplePlan = self.blend.index(key.corpus, key.epoch).plan(key.index)
@@ -161,14 +160,36 @@ class _TrainingPlan(Sampler[_RowPlans]):
             yield from micro_batches
 
 
-class _MicroBatches(Dataset[Batch]):
+class _MicroBatches(Dataset["_Joined"]):
     """What a loader's workers hold."""
 
     def __init__(self, builders: Sequence[Builder], collate: Collate) -> None:
         self._builders, self._collate = builders, collate
 
-    def __getitem__(self, rows: _RowPlans) -> Batch:
+    def build(self, rows: _RowPlans) -> Batch:
+        """The micro-batch of these rows."""
         return self._collate([[self._builders[plan.key.corpus].build(plan) for plan in row] for row in rows])
+
+    def __getitem__(self, rows: _RowPlans) -> _Joined:
+        return _joined(self.build(rows))
+
+
+class _Joined(NamedTuple):
+    """A batch as one tensor: handing a tensor over from a worker takes a millisecond, whatever its size."""
+
+    values: torch.Tensor
+    parts: list[tuple[str, Sequence[int], torch.dtype]]
+
+
+def _joined(batch: Batch) -> _Joined:
+    parts = [(name, tensor.shape, tensor.dtype) for name, tensor in batch.items()]
+    return _Joined(torch.cat([tensor.flatten().long() for tensor in batch.values()]), parts)
+
+
+def _apart(joined: _Joined) -> Batch:
+    sizes = [prod(shape) for _, shape, _ in joined.parts]
+    pieces = zip(joined.parts, joined.values.split(sizes), strict=True)
+    return {name: piece.view(*shape).to(dtype) for (name, shape, dtype), piece in pieces}
 
 
 def training_steps(
@@ -200,7 +221,7 @@ def _training_steps(
     pin_memory: bool,
 ) -> Generator[StepBatches, None, None]:
     plan = _TrainingPlan(planner, start)
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[_Joined] = DataLoader(
         _MicroBatches(builders, collate),
         sampler=plan,
         batch_size=None,  # the dataset's items are micro-batches
@@ -209,7 +230,7 @@ def _training_steps(
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the model's stream
         worker_init_fn=_leave_stopping_to_the_parent,
     )
-    batches = iter(loader)
+    batches = map(_apart, loader)
     for first in batches:
         step = plan.planned.popleft()  # the loader hands batches out in the plan's order
         yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
@@ -242,4 +263,4 @@ def evaluation_batches(
     keys = (SampleKey(corpus, 0, at) for corpus, num in enumerate(num_samples) for at in range(num))
     while step := list(islice(keys, planner.layout.samples)):
         for rows in planner.micro_batches(step):
-            yield made[rows]
+            yield made.build(rows)
