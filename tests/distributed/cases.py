@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from megatron_bert.checkpoint.shards import load_shards
+from megatron_bert.checkpoint.tensors import read_tensors, write_tensors
+from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
 from megatron_bert.parallel.data import call_within
@@ -121,29 +124,44 @@ def recompute_layers(model: Any) -> None:
         )
 
 
+@dataclass
+class Run:
+    """What a run of some steps saw: losses, the first gradients and their norm, and the weights at its end."""
+
+    curve: list[float]
+    gradients: list[Tensor]
+    norm: Tensor
+    weights: list[Tensor]
+
+
 @cache
-def single_process(packed: bool, steps: int) -> tuple[list[Tensor], list[Tensor], Tensor, list[float]]:
-    """First gradients, last weights, first gradient norm and losses of a run in one process."""
-    model = build()
+def single_process(packed: bool, steps: int) -> Run:
+    model, curve = build(), []
     optimizer = optimizer_of(model)
-    first, norm, curve = None, None, []
-    for _ in range(steps):
-        batches = step_batches(4, packed=packed)
-        masked = sum(int((batch.labels != -100).sum()) for batch in batches)
-        pairs = sum(len(batch.pairs) for batch in batches)
-        total = torch.zeros(())
-        for batch in batches:
-            masked_loss, pair_loss = losses(model, batch)
-            loss = masked_loss / masked + pair_loss / pairs
-            loss.backward()
-            total += loss.detach()
-        curve.append(float(total))
-        if first is None:
-            first = [copy.deepcopy(parameter.grad) for parameter in model.parameters()]
-            norm = torch.nn.utils.get_total_norm(first)
+    for step in range(steps):
+        curve.append(add_gradients(model, step_batches(4, packed=packed)))
+        if step == 0:
+            gradients = [copy.deepcopy(parameter.grad) for parameter in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
-    return first, [parameter.detach() for parameter in model.parameters()], norm, curve
+    weights = [parameter.detach() for parameter in model.parameters()]
+    return Run(curve, gradients, torch.nn.utils.get_total_norm(gradients), weights)
+
+
+def add_gradients(model: Any, batches: list[Batch], mesh: ParallelMesh | None = None) -> float:
+    """The backward passes of one step on all samples, dealt to data-parallel ranks; its loss."""
+    masked, pairs = sum(int((batch.labels != -100).sum()) for batch in batches), sum(len(b.pairs) for b in batches)
+    token_losses = token_losses_on(mesh.region) if mesh and mesh.tensor_degree > 1 else None
+    total = torch.zeros(())
+    for batch in batches[mesh.data_rank :: mesh.data_degree] if mesh else batches:
+        masked_loss, pair_loss = call_within(model, losses, model, batch, token_losses)
+        loss = masked_loss / masked + pair_loss / pairs
+        loss.backward()
+        total += loss.detach()
+    if mesh:
+        dist.all_reduce(total, group=mesh.data.get_group())
+        sum_sequence_gradients(model, mesh.region)
+    return float(total)
 
 
 def equals_single_process(
@@ -153,34 +171,56 @@ def equals_single_process(
     sequence_parallel: bool = False,
     packed: bool = False,
     recompute: bool = False,
-    steps: int = 3,
+    steps: int = 2,
 ) -> None:
     """Losses, the first step's gradients and their norm, and the weights after the last step."""
-    gradients, weights, norm, curve = single_process(packed, steps)
+    expected = single_process(packed, steps)
     mesh, model = mesh_of(tensor, sequence_parallel, replicate), build()
     parallelize(model, mesh, prepare_layers=recompute_layers if recompute else None)
-    optimizer, token_losses = optimizer_of(model), token_losses_on(mesh.region) if tensor > 1 else None
+    optimizer = optimizer_of(model)
     for step in range(steps):
-        batches = step_batches(4, packed=packed)[mesh.data_rank :: mesh.data_degree]
-        counts = torch.tensor([sum(int((b.labels != -100).sum()) for b in batches), sum(len(b.pairs) for b in batches)])
-        dist.all_reduce(counts, group=mesh.data.get_group())
-        total = torch.zeros(())
-        for batch in batches:
-            masked_loss, pair_loss = call_within(model, losses, model, batch, token_losses)
-            loss = masked_loss / counts[0] + pair_loss / counts[1]
-            loss.backward()
-            total += loss.detach()
-        sum_sequence_gradients(model, mesh.region)
-        dist.all_reduce(total, group=mesh.data.get_group())
-        assert abs(float(total) - curve[step]) <= TOLERANCE * curve[step]
+        loss = add_gradients(model, step_batches(4, packed=packed), mesh)
+        assert abs(loss - expected.curve[step]) <= TOLERANCE * expected.curve[step]
         if step == 0:
-            for (name, parameter), reference in zip(model.named_parameters(), gradients, strict=True):
-                assert_close(parameter.grad, reference, f"gradient of {name}", scale=1e-2 * float(norm))
-            assert_close(gradient_norm(model.parameters()), norm, "gradient norm")
+            for (name, parameter), reference in zip(model.named_parameters(), expected.gradients, strict=True):
+                assert_close(parameter.grad, reference, f"gradient of {name}", scale=1e-2 * float(expected.norm))
+            assert_close(gradient_norm(model.parameters()), expected.norm, "gradient norm")
         optimizer.step()
         optimizer.zero_grad()
-    for (name, parameter), reference in zip(model.named_parameters(), weights, strict=True):
+    for (name, parameter), reference in zip(model.named_parameters(), expected.weights, strict=True):
         assert_close(parameter.detach(), reference, name)
+
+
+def goes_on_at_another_layout(folder: Path, *, saved_at: int, layouts: list[int]) -> None:
+    """Weights and optimizer states are saved at one tensor degree and read at others, to the bit, and go on alike."""
+    model, mesh = build(), mesh_of(saved_at)
+    parallelize(model, mesh)
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        add_gradients(model, step_batches(4, packed=False), mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = state_of(model, optimizer)
+    write_tensors(folder, saved)
+    saved = {name: value.full_tensor() for name, value in saved.items()}
+    loss = add_gradients(model, step_batches(4, packed=False), mesh)
+    for tensor in layouts:
+        model, mesh = build(), mesh_of(tensor)
+        parallelize(model, mesh)
+        optimizer = optimizer_of(model)
+        get_optimizer_state_dict(model, optimizer)  # begins the states
+        read_tensors(folder, state_of(model, optimizer))
+        for name, value in state_of(model, optimizer).items():
+            assert torch.equal(value.full_tensor(), saved[name]), f"{name} at tensor degree {tensor}"
+        assert abs(add_gradients(model, step_batches(4, packed=False), mesh) - loss) <= TOLERANCE * loss
+
+
+def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state[name] = parameter.detach()
+        state |= {f"{name}.{key}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+    return state
 
 
 def starts_as_single_process(*, tensor: int) -> None:
@@ -225,3 +265,12 @@ def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
 def on_meta_device(model_class: Any = MegatronBertForPreTraining) -> Any:
     with torch.device("meta"):
         return model_class(MegatronBertConfig(**SHAPE))
+
+
+def refusal(**layout: Any) -> str:
+    """What a person is told of this layout."""
+    try:
+        ParallelMesh.of(device_type="cpu", **layout)
+    except UserError as error:
+        return str(error)
+    return "nothing"

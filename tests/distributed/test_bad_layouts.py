@@ -1,0 +1,40 @@
+"""Layouts that cannot be are refused in one line."""
+
+import pytest
+
+from megatron_bert.errors import UserError
+from megatron_bert.model import MegatronBertConfig
+from megatron_bert.parallel.tensor import check_degree
+from tests.distributed import cases
+
+
+def test_processes_that_do_not_fit_the_mesh(world):
+    (message, *others) = world(4).run(cases.refusal, tensor=3)
+    assert message == "4 processes cannot be split into tensor-parallel groups of 3: start a multiple of 3"
+    assert others == 3 * [message]
+
+
+def test_replicas_that_do_not_fit(world):
+    message = world(4).run(cases.refusal, tensor=2, replicate=4)[0]
+    assert (
+        message == "4 processes cannot be split into tensor-parallel groups of 2 in 4 replicas: start a multiple of 8"
+    )
+
+
+def test_sequence_parallelism_over_nobody(world):
+    assert "leave it out" in world(2).run(cases.refusal, tensor=1, sequence_parallel=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 4}, "num_attention_heads 4 is not divisible by the tensor-parallel degree 8"),
+        ({"intermediate_size": 100}, "intermediate_size 100 is not divisible by the tensor-parallel degree 8"),
+        ({"vocab_size": 30_522}, "vocab_size 30522 is not divisible by the tensor-parallel degree 8; pad the vocabulary"
+                                 " to a multiple of 1024"),
+    ],
+)  # fmt: skip
+def test_shapes_that_cannot_be_split(changes, message):
+    shape = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 256, "vocab_size": 1024}
+    with pytest.raises(UserError, match=message):
+        check_degree(MegatronBertConfig(**{**shape, **changes}), 8)
