@@ -24,8 +24,9 @@ from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, Meg
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
+from megatron_bert.parallel.launch import check_agreement
 from megatron_bert.parallel.loss import token_losses_on
-from megatron_bert.parallel.materialize import initialize, materialize
+from megatron_bert.parallel.materialize import initialize, materialize, whole_parameters
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.parallelize import parallelize
 
@@ -57,10 +58,13 @@ def build(model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:
     return model
 
 
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def assert_close(ours: Tensor, reference: Tensor, name: str, scale: float = 0.0) -> None:
     """Within TOLERANCE of the reference's norm, or of `scale` where the reference is naught but rounding."""
-    ours = ours.full_tensor() if isinstance(ours, DTensor) else ours
-    difference, size = float((ours - reference).norm()), float(reference.norm())
+    difference, size = float((whole(ours) - reference).norm()), float(reference.norm())
     assert difference <= TOLERANCE * max(size, scale), f"{name}: off by {difference:.3g} of {size:.3g}"
 
 
@@ -202,7 +206,7 @@ def goes_on_at_another_layout(folder: Path, *, saved_at: int, layouts: list[int]
         optimizer.zero_grad()
     saved = state_of(model, optimizer)
     write_tensors(folder, saved)
-    saved = {name: value.full_tensor() for name, value in saved.items()}
+    saved = {name: whole(value) for name, value in saved.items()}
     loss = add_gradients(model, step_batches(4, packed=False), mesh)
     for tensor in layouts:
         model, mesh = build(), mesh_of(tensor)
@@ -211,7 +215,7 @@ def goes_on_at_another_layout(folder: Path, *, saved_at: int, layouts: list[int]
         get_optimizer_state_dict(model, optimizer)  # begins the states
         read_tensors(folder, state_of(model, optimizer))
         for name, value in state_of(model, optimizer).items():
-            assert torch.equal(value.full_tensor(), saved[name]), f"{name} at tensor degree {tensor}"
+            assert torch.equal(whole(value), saved[name]), f"{name} at tensor degree {tensor}"
         assert abs(add_gradients(model, step_batches(4, packed=False), mesh) - loss) <= TOLERANCE * loss
 
 
@@ -232,13 +236,14 @@ def starts_as_single_process(*, tensor: int) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
     materialize(model, torch.device("cpu"))
     initialize(model, seed=5)
-    for (name, parameter), value in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert torch.equal(parameter.full_tensor(), value), name
+    for (name, ours), (twin, value) in zip(whole_parameters(model), reference.named_parameters(), strict=True):
+        assert name == twin
+        assert torch.equal(ours, value), name
     assert model.cls.predictions.decoder._parameters["weight"] is model.get_input_embeddings()._parameters["weight"]
     assert torch.equal(model.bert.embeddings.position_ids, reference.bert.embeddings.position_ids)
-    whole = sum(parameter.numel() for parameter in reference.parameters())
+    everything = sum(parameter.numel() for parameter in reference.parameters())
     held = sum(parameter.to_local().numel() for parameter in model.parameters())
-    assert held < whole / 2, f"{held} of {whole} elements"
+    assert held < everything / 2, f"{held} of {everything} elements"
 
 
 def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
@@ -265,6 +270,14 @@ def loads_as_single_process(folder: Path, *, has_head: bool) -> list[str]:
 def on_meta_device(model_class: Any = MegatronBertForPreTraining) -> Any:
     with torch.device("meta"):
         return model_class(MegatronBertConfig(**SHAPE))
+
+
+def disagreement(facts_of_ranks: list[dict[str, str]]) -> str:
+    try:
+        check_agreement(facts_of_ranks[dist.get_rank()])
+    except UserError as error:
+        return str(error)
+    return "nothing"
 
 
 def refusal(**layout: Any) -> str:

@@ -25,6 +25,13 @@ def test_sequence_parallelism_over_nobody(world):
     assert "leave it out" in world(2).run(cases.refusal, tensor=1, sequence_parallel=True)[0]
 
 
+def test_ranks_that_are_at_different_things(world):
+    facts = [{"version": "1", "recipe": "ab"}, {"version": "1", "recipe": "cd"}]
+    messages = world(2).run(cases.disagreement, facts)
+    assert messages == 2 * ["recipe is ab on rank 0 and cd on rank 1: start all of them alike"]
+    assert world(2).run(cases.disagreement, 2 * facts[:1]) == 2 * ["nothing"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from megatron_bert.parallel.region import local_part
 from megatron_bert.parallel.streams import key
 
-__all__ = ["initialize", "local_slices", "materialize", "parameter_names"]
+__all__ = ["initialize", "local_slices", "materialize", "parameter_names", "whole_parameters"]
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -70,6 +71,21 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
         return (slice(None),) * parameter.ndim
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+@torch.no_grad()
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole value, on the CPU, of each parameter, of tied ones the first name. All ranks have to iterate, and
+    put one parameter together at a time.
+    """
+    for parameter, names in parameter_names(model):
+        value: Any = parameter
+        if isinstance(value, DTensor):
+            for axis in range(value.device_mesh.ndim):  # data-parallel parts of a tensor-parallel part come first
+                placements = [Replicate() if at == axis else old for at, old in enumerate(value.placements)]
+                value = value.redistribute(placements=placements)
+            value = value.to_local()
+        yield names[0], value.cpu()
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
