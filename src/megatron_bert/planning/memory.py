@@ -1,0 +1,160 @@
+"""Bytes that a GPU needs, by formula.
+
+Weights, gradients and optimizer states: Rajbhandari et al. 2019 (arXiv 1910.02054, section 3.1), with the weights
+themselves in float32, computed with in bfloat16. Activations: Korthikanti et al. 2022 (arXiv 2205.05198, equations 1 to
+6), counted again for what this implementation keeps: its fused attention keeps no scores, as their selective
+recomputation does, and sequence parallelism keeps what it gathered.
+
+T tokens and M predicted positions of a micro-batch, h hidden, F feed-forward, N heads, V vocabulary, L layers, t
+tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.planning.layout import Job, Layout
+from megatron_bert.planning.parameters import (
+    layer_matrices,
+    layer_parameters,
+    outer_matrices,
+    outer_parameters,
+    rank_parameters,
+    word_embeddings,
+)
+
+__all__ = ["Memory", "activation_bytes", "gradient_bytes", "layer_activation_bytes", "memory_of_step", "optimizer_bytes",
+           "weight_bytes"]  # fmt: skip
+
+_BF16, _FP32, _BOOL = 2, 4, 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU at the moment of the step when they are the most.
+
+    Attributes:
+        weights, gradients, optimizer: of float32 parameters: 4, 4 and 8 bytes each (none yet of a gradient that comes
+            after that moment).
+        activations: kept for the backward pass.
+        working: weights in bfloat16, logits, gradients on their way, and what one layer needs while it is computed.
+        moment: which it is.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+def weight_bytes(job: Job, layout: Layout) -> float:
+    """4 bytes a parameter that the rank holds."""
+    return _FP32 * rank_parameters(job.config, layout.tensor) / layout.shard
+
+
+def gradient_bytes(job: Job, layout: Layout) -> float:
+    """4 bytes a parameter, as the weights."""
+    return weight_bytes(job, layout)
+
+
+def optimizer_bytes(job: Job, layout: Layout) -> float:
+    """AdamW's two moments (Loshchilov and Hutter 2019) in float32: 8 bytes a parameter."""
+    return 2 * weight_bytes(job, layout)
+
+
+def layer_activation_bytes(job: Job, layout: Layout) -> float:
+    """What one layer keeps: T times 34 h with dropout on one GPU, and 4 N of the attention kernel.
+
+    The inputs of two norms (4 h) and two dropout masks (2 h) are on sequence shards under sequence parallelism. The
+    norms' outputs (4 h) are whole on every rank in either case: what was gathered is kept. Queries, keys, values and
+    context (8 h), the MLP's hidden states before and after the activation (4 F) and a sum of exponentials a head are
+    split. Full recomputation keeps the layer's input.
+    """
+    config, tokens = job.config, layout.micro_tokens(job)
+    hidden, on_shards = config.hidden_size, layout.tensor if layout.sequence_parallel else 1
+    if layout.recompute == "full":
+        return tokens * _BF16 * hidden / on_shards
+    masks = 2 * _BOOL * hidden if config.hidden_dropout_prob else 0
+    split = _BF16 * (4 * hidden + 2 * config.intermediate_size)
+    if layout.recompute == "none":
+        split += _FP32 * config.num_attention_heads
+    return tokens * ((2 * _BF16 * hidden + masks) / on_shards + 2 * _BF16 * hidden + split / layout.tensor)
+
+
+def outer_activation_bytes(job: Job, layout: Layout) -> float:
+    """What is kept outside the layers: the embedding's mask, the last norm's input and output, the head's four states
+    of predicted positions.
+    """
+    config, tokens = job.config, layout.micro_tokens(job)
+    on_shards = layout.tensor if layout.sequence_parallel else 1
+    per_token = config.hidden_size * (_BOOL * bool(config.hidden_dropout_prob) + _BF16 / on_shards + _BF16)
+    return tokens * per_token + layout.micro_predicted(job) * 4 * _BF16 * config.hidden_size
+
+
+def activation_bytes(job: Job, layout: Layout) -> float:
+    """Of all layers, and outside them."""
+    return job.config.num_hidden_layers * layer_activation_bytes(job, layout) + outer_activation_bytes(job, layout)
+
+
+def logits_bytes(job: Job, layout: Layout) -> float:
+    """While the loss is computed, M V / t logits in bfloat16, in float32, and their exponentials in float32."""
+    return layout.micro_predicted(job) * job.config.vocab_size / layout.tensor * (_BF16 + 2 * _FP32)
+
+
+def layer_working_bytes(job: Job, layout: Layout) -> float:
+    """What the backward pass of a layer adds to what was kept, at its most, in the MLP: gradients of the layer's output
+    and of the dropout, and of the hidden states before and after the activation, whose states go meanwhile.
+    """
+    config, tokens = job.config, layout.micro_tokens(job)
+    gradients = _BF16 * (2 * config.hidden_size + config.intermediate_size / layout.tensor)
+    again = 0.0
+    if layout.recompute == "full":
+        kept_all = Layout(layout.tensor, sequence_parallel=layout.sequence_parallel, micro_rows=layout.micro_rows)
+        again = layer_activation_bytes(job, kept_all)
+    return tokens * gradients + again
+
+
+def computed_weight_bytes(job: Job, layout: Layout) -> float:
+    """Weights in bfloat16 that live as long as activations do.
+
+    One GPU alone, or tensor-parallel ones: the matrices of every layer, or with full recomputation of one, and those
+    outside. Fully sharded: what is put together: all outside the layers, and one layer ahead of its time.
+    """
+    config, tensor = job.config, layout.tensor
+    if layout.fully_sharded:
+        return _BF16 * (outer_parameters(config, tensor) + layer_parameters(config, tensor))
+    layers = 1 if layout.recompute == "full" else config.num_hidden_layers
+    return _BF16 * (outer_matrices(config, tensor) + layers * layer_matrices(config, tensor))
+
+
+def memory_of_step(job: Job, layout: Layout) -> Memory:
+    """At the most demanding of three moments: the loss, the last layer's backward pass (the first that is taken), and
+    the end of the backward pass, at the word embeddings.
+    """
+    config, tensor = job.config, layout.tensor
+    weights, optimizer, gradients = (f(job, layout) for f in (weight_bytes, optimizer_bytes, gradient_bytes))
+    before = gradients if layout.micro_batches(job) > 1 else 0.0
+    kept, computed = activation_bytes(job, layout), computed_weight_bytes(job, layout)
+    words, outer = word_embeddings(config, tensor), outer_parameters(config, tensor)
+    layer = layer_parameters(config, tensor)
+    if layout.fully_sharded:  # gradients in bfloat16 until they are summed, then in float32 beside
+        in_backward = _BF16 * (outer + layer) + (_BF16 + _FP32) * layer
+        at_end = _BF16 * outer + (_BF16 + _FP32) * outer + _FP32 * layer
+        gradients_at_end = gradients if before else gradients - _FP32 * outer / layout.shard
+    else:
+        in_backward = (0.0 if before else _FP32 * words) + (_BF16 + _FP32) * layer_matrices(config, tensor) / 3
+        at_end = computed + _FP32 * words
+        gradients_at_end = gradients
+    moments = [
+        Memory(weights, before, optimizer, kept, computed + logits_bytes(job, layout), "loss"),
+        Memory(weights, before, optimizer, kept, computed + in_backward + layer_working_bytes(job, layout), "layers"),
+        Memory(weights, gradients_at_end, optimizer, 0.0, at_end, "embeddings"),
+    ]
+    return max(moments, key=lambda memory: memory.total)
