@@ -51,7 +51,7 @@ class TensorRegion:
         """
         if not self.sequence_parallel:
             return self.copy(states)
-        gathered = self._redistribute(states, _TOKENS, _REPLICATED, gradient=_PARTIAL)
+        gathered = self._redistribute_tokens(states, _TOKENS, _REPLICATED, gradient=_PARTIAL)
         return gathered if num_tokens is None else gathered.narrow(1, 0, num_tokens)
 
     def leave(self, states: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class TensorRegion:
         """
         if not self.sequence_parallel:
             return self.sum(states)
-        return self._redistribute(self._filled_up(states), _PARTIAL, _TOKENS, gradient=_TOKENS)
+        return self._redistribute_tokens(self._filled_up(states), _PARTIAL, _TOKENS, gradient=_TOKENS)
 
     def sum(self, states: Tensor) -> Tensor:
         """The sum of the ranks' parts, on every rank: an all-reduce, and in the backward pass the identity."""
@@ -68,11 +68,12 @@ class TensorRegion:
 
     def split_tokens(self, states: Tensor) -> Tensor:
         """(B, S, D) -> (B, S / degree, D): this rank's part, and in the backward pass an all-gather."""
-        return self._redistribute(self._filled_up(states), _REPLICATED, _TOKENS, gradient=_TOKENS)
+        return self._redistribute_tokens(self._filled_up(states), _REPLICATED, _TOKENS, gradient=_TOKENS)
 
     def gather_tokens(self, states: Tensor, num_tokens: int) -> Tensor:
         """(B, S / degree, D) -> (B, num_tokens, D): an all-gather, and in the backward pass this rank's part."""
-        return self._redistribute(states, _TOKENS, _REPLICATED, gradient=_REPLICATED).narrow(1, 0, num_tokens)
+        gathered = self._redistribute_tokens(states, _TOKENS, _REPLICATED, gradient=_REPLICATED)
+        return gathered.narrow(1, 0, num_tokens)
 
     def gather_features(self, states: Tensor) -> Tensor:
         """(..., D / degree) -> (..., D): an all-gather, and in the backward pass this rank's part."""
@@ -84,6 +85,17 @@ class TensorRegion:
         """
         distributed = DTensor.from_local(states, self.mesh, [source], run_check=False)
         return distributed.redistribute(placements=[target]).to_local(grad_placements=[gradient])
+
+    def _redistribute_tokens(
+        self, states: Tensor, source: Placement, target: Placement, *, gradient: Placement
+    ) -> Tensor:
+        """`_redistribute` between parts of a sequence. Those of a batch of one, as packed tokens are, are sent as they
+        lie; parts in any other dimension than the first have to be copied together.
+        """
+        if states.shape[0] > 1:
+            return self._redistribute(states, source, target, gradient=gradient)
+        source, target, gradient = (Shard(0) if place == _TOKENS else place for place in (source, target, gradient))
+        return self._redistribute(states.squeeze(0), source, target, gradient=gradient).unsqueeze(0)
 
     def _filled_up(self, states: Tensor) -> Tensor:
         missing = -states.shape[1] % self.degree
