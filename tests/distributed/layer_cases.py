@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_bert.model import MegatronBertForCausalLM, MegatronBertForPreTraining
 from megatron_bert.parallel.gradients import sum_sequence_gradients
 from megatron_bert.parallel.loss import vocabulary_parallel_cross_entropy
-from megatron_bert.parallel.region import TensorRegion
+from megatron_bert.parallel.region import TensorRegion, local_part
 from megatron_bert.parallel.tensor import apply_tensor_parallel
 from tests.distributed.cases import SHAPE, assert_close, build, mesh_of, recompute_layers
 
@@ -190,6 +191,33 @@ def loss_traffic(num_tokens: int) -> list[tuple[str, int]]:
         losses, _ = vocabulary_parallel_cross_entropy(logits, torch.zeros(num_tokens, dtype=torch.int64), region)
         losses.sum().backward()
     return traffic.sent
+
+
+def compiled_layers(*, sequence_parallel: bool) -> None:
+    """Each layer is one graph, and both are the same one; the loss too. They compute what they do uncompiled."""
+    _, model, region = twins(sequence_parallel)
+    layers, losses, counter = (
+        model.bert.encoder.layer,
+        vocabulary_parallel_cross_entropy,
+        CompileCounterWithBackend("aot_eager"),
+    )
+    states = hidden(TOKENS // (region.degree if sequence_parallel else 1))
+    options = {"num_tokens": TOKENS} if sequence_parallel else {}
+    logits, targets = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)), torch.arange(6) * 10
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            losses = torch.compile(losses, backend=counter, fullgraph=True)
+            for layer in layers:
+                layer.forward = torch.compile(layer.forward, backend=counter, fullgraph=True)
+        leaves = [states.detach().clone().requires_grad_(), logits.clone().requires_grad_()]
+        model.zero_grad()
+        layers[1](layers[0](leaves[0], **options), **options).square().sum().backward()
+        losses(leaves[1], targets, region)[0].sum().backward()
+        results.append([leaf.grad for leaf in leaves] + [parameter.grad for parameter in layers.parameters()])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(local_part(ours), local_part(reference))
+    assert counter.frame_count == 2, f"{counter.frame_count} graphs"
 
 
 def generates_as_single_process() -> None:

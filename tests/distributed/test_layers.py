@@ -53,5 +53,11 @@ def test_the_loss_sends_a_few_numbers_a_token(world):
     assert sent == [("all_reduce", 30), ("all_reduce", 3 * 30)]
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_compiled(world, sequence_parallel):
+    """A compiler sees the collectives: it is not stopped by them."""
+    world(2).run(layer_cases.compiled_layers, sequence_parallel=sequence_parallel)
+
+
 def test_generation_and_the_causal_loss(world):
     world(2).run(layer_cases.generates_as_single_process)
