@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_bert.errors import UserError
 
-__all__ = ["GPUS", "Gpu", "gpu_named"]
+__all__ = ["GIB", "GPUS", "Gpu", "gpu_named", "of_data_sheet"]
 
 GIB = 2**30
 
@@ -28,6 +28,7 @@ class Gpu:
         node_bytes_per_second: a GPU to the others of its node, one direction, what is reached.
         network_bytes_per_second: a GPU to other nodes, one direction, what is reached.
         attention_flops_per_second: of the fused attention kernel, forward and backward together, with dropout.
+        latency_seconds: of any collective, however small.
     """
 
     name: str
@@ -38,24 +39,21 @@ class Gpu:
     node_bytes_per_second: float
     network_bytes_per_second: float
     attention_flops_per_second: float
+    latency_seconds: float = 20e-6
 
     @property
     def memory_bytes(self) -> float:
         """What programs can use."""
         return self.memory_gib * GIB
 
-    def link_bytes_per_second(self, ranks_apart: int) -> float:
-        """Between GPUs whose ranks differ by less than this number: neighbours share a node."""
-        return self.node_bytes_per_second if ranks_apart <= self.node_gpus else self.network_bytes_per_second
 
-
-_MATMUL, _COPY, _LINK, _NETWORK, _ATTENTION = 0.76, 0.90, 0.80, 0.85, 0.16
+_MATMUL, _COPY, _LINK, _NETWORK, _ATTENTION = 0.76, 0.90, 0.80, 0.85, 0.126
 """Shares of data sheets. The first two and the last: 759 of 989 TFLOP/s, 3.0 of 3.35 TB/s, and flash-attention 2 with
 dropout on the H100. Links: what NCCL's own tests (github.com/NVIDIA/nccl-tests) reach of NVLink and InfiniBand for
 messages of tens of MiB and more."""
 
 
-def _of_data_sheet(
+def of_data_sheet(
     name: str, teraflops: float, memory_gib: float, memory_tb: float, node_gpus: int, node_gb: float, network_gb: float
 ) -> Gpu:
     return Gpu(
@@ -74,9 +72,9 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         # bf16 TFLOP/s, usable GiB, TB/s; GPUs a node; GB/s of NVLink and of the network, a GPU and a direction
-        _of_data_sheet("h100", 989, 79.2, 3.35, 8, 450, 50),  # SXM5, 80 GB; NVLink 4, 400 Gbit/s a GPU
-        _of_data_sheet("h200", 989, 139.8, 4.8, 8, 450, 50),  # SXM5, 141 GB
-        _of_data_sheet("a100", 312, 79.2, 2.04, 8, 300, 25),  # SXM4, 80 GB; NVLink 3, 200 Gbit/s a GPU
+        of_data_sheet("h100", 989, 79.2, 3.35, 8, 450, 50),  # SXM5, 80 GB; NVLink 4, 400 Gbit/s a GPU
+        of_data_sheet("h200", 989, 139.8, 4.8, 8, 450, 50),  # SXM5, 141 GB
+        of_data_sheet("a100", 312, 79.2, 2.04, 8, 300, 25),  # SXM4, 80 GB; NVLink 3, 200 Gbit/s a GPU
     )
 }
 

@@ -1,0 +1,170 @@
+"""How long a step takes, by formula: a sum of parts, each as fast as what limits it (the roofline model: Williams et
+al. 2009, Communications of the ACM 52(4)).
+
+T tokens and M predicted positions of a micro-batch, h hidden, F feed-forward, s row length, V vocabulary, t
+tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_bert.planning.communication import Collective, collectives_of_step, sharding_collectives
+from megatron_bert.planning.devices import Gpu
+from megatron_bert.planning.flops import training_flops
+from megatron_bert.planning.layout import Job, Layout
+from megatron_bert.planning.parameters import layer_matrices, outer_matrices, rank_parameters
+
+__all__ = ["StepTime", "step_flops", "step_time"]
+
+_BF16, _FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, part by part; their sum is the step's.
+
+    Attributes:
+        products: of matrices, in the layers and the head.
+        attention: the fused kernel.
+        elementwise: activation, norms, dropout, residuals, sums of biases: bytes through memory.
+        optimizer: AdamW, the gradient's norm and the weights' conversion to bfloat16.
+        tensor_communication: what tensor-parallel ranks exchange; the layer waits for it.
+        data_communication: what data-parallel ranks exchange, as far as computation does not hide it.
+    """
+
+    products: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    tensor_communication: float
+    data_communication: float
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return self.computation + self.tensor_communication + self.data_communication
+
+    @property
+    def computation(self) -> float:
+        """Without communication."""
+        return self.products + self.attention + self.elementwise + self.optimizer
+
+
+def step_flops(job: Job) -> float:
+    """Model FLOPs of the step over all GPUs; nothing that is computed twice counts twice."""
+    predicted = round(job.tokens * job.predicted_share)
+    return training_flops(job.config, job.tokens, job.batch_rows * job.row_tokens**2, predicted)
+
+
+def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
+    """The prediction for a GPU of the layout."""
+    passes = layout.micro_batches(job)
+    parts = (product_seconds, attention_seconds, elementwise_seconds)
+    products, attention, elementwise = (part(job, layout, gpu) for part in parts)
+    exposed = exposed_data_seconds(job, layout, gpu, products + attention + elementwise)
+    return StepTime(
+        products=passes * products,
+        attention=passes * attention,
+        elementwise=passes * elementwise,
+        optimizer=optimizer_seconds(job, layout, gpu),
+        tensor_communication=tensor_seconds(job, layout, gpu),
+        data_communication=passes * exposed,
+    )
+
+
+def product_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
+    """Products of one micro-batch: three times the forward pass's (arXiv 2104.04473, appendix), four times those of
+    layers that are computed again.
+    """
+    config, tokens, tensor = job.config, layout.micro_tokens(job), layout.tensor
+    h, f = config.hidden_size, config.intermediate_size
+    layer = [(tokens, 3 * h // tensor, h), (tokens, h, h // tensor), (tokens, f // tensor, h), (tokens, h, f // tensor)]
+    predicted = layout.micro_predicted(job)
+    head = [(predicted, h, h), (predicted, config.vocab_size // tensor, h)]
+    passes = 4 if layout.recompute == "full" else 3
+    in_layers = sum(_product_seconds(m, n, k, gpu) for m, n, k in layer)
+    return passes * config.num_hidden_layers * in_layers + 3 * sum(_product_seconds(m, n, k, gpu) for m, n, k in head)
+
+
+def _product_seconds(m: int, n: int, k: int, gpu: Gpu) -> float:
+    """(m, k) times (k, n) in bfloat16: limited by multiplying, or by reading and writing once."""
+    num_bytes = _BF16 * (m * k + k * n + m * n)
+    return max(2 * m * n * k / gpu.flops_per_second, num_bytes / gpu.memory_bytes_per_second)
+
+
+def attention_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
+    """The fused kernel of one micro-batch: 4 h s FLOPs a token forward, twice that backward; a third more where the
+    forward pass is taken twice.
+    """
+    forward = 4 * job.config.hidden_size * job.row_tokens * layout.micro_tokens(job) / layout.tensor
+    passes = 3 if layout.recompute == "none" else 4
+    return passes * job.config.num_hidden_layers * forward / gpu.attention_flops_per_second
+
+
+def elementwise_bytes(job: Job, layout: Layout) -> float:
+    """Read and written by what is no product in the layers of one micro-batch, in bfloat16, each kernel once.
+
+    Forward, of width h: a norm 4, dropout + residual + norm 9, dropout + residual 7; of width F: the activation 4.
+    Backward, of width h: two norms with sums for their weights 12 each, two dropouts 5, four sums for biases 2,
+    the three projections put together 12 and summed 4; of width F: the activation 6, a sum for its bias 2.
+    """
+    config, tensor = job.config, layout.tensor
+    on_shards = tensor if layout.sequence_parallel else 1
+    forward = 20 * config.hidden_size / on_shards + 4 * config.intermediate_size / tensor
+    residual, split = (2 * 12 + 2 * 5 + 2 * 2) / on_shards, (12 + 6) / tensor
+    backward = (residual + split) * config.hidden_size + 8 * config.intermediate_size / tensor
+    passes = forward * (2 if layout.recompute == "full" else 1) + backward
+    return config.num_hidden_layers * layout.micro_tokens(job) * passes
+
+
+def elementwise_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
+    """At the rate of kernels that draw random numbers or sum as they go: nine tenths of a plain copy's."""
+    return elementwise_bytes(job, layout) / (0.87 * gpu.memory_bytes_per_second)
+
+
+def optimizer_bytes_moved(job: Job, layout: Layout) -> float:
+    """AdamW reads weights, gradients and two moments and writes all but gradients: 28 bytes a parameter; the norm reads
+    gradients: 4; and each micro-batch reads weights in float32, writes them in bfloat16 and its gradients likewise: 12,
+    whole where fully sharded data parallelism put them together.
+    """
+    parameters = rank_parameters(job.config, layout.tensor)
+    config, tensor = job.config, layout.tensor
+    matrices = config.num_hidden_layers * layer_matrices(config, tensor) + outer_matrices(config, tensor)
+    return 32 * parameters / layout.shard + 12 * matrices * layout.micro_batches(job)
+
+
+def optimizer_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
+    """At three quarters of a plain copy's rate, which is what PyTorch's fused AdamW was seen to reach."""
+    return optimizer_bytes_moved(job, layout) / (0.75 * gpu.memory_bytes_per_second)
+
+
+def collective_seconds(one: Collective, layout: Layout, gpu: Gpu) -> float:
+    """Of all that it counts, one after another, each a ring as `Collective.sent_bytes` counts it.
+
+    Ranks of one group are `stride` GPUs apart. Within a node they send as fast as its links; beyond, each of a node's
+    members of the group sends its part of what leaves the node through its own network card.
+    """
+    stride = {"tensor": 1, "shard": layout.tensor, "replicate": layout.tensor * layout.shard, "all": 1}[one.axis]
+    in_node = max(gpu.node_gpus // stride, 1)
+    rate = gpu.node_bytes_per_second
+    if one.ranks > in_node:
+        rate = min(rate, in_node * gpu.network_bytes_per_second)
+    return one.sent_bytes / rate + one.count * gpu.latency_seconds
+
+
+def tensor_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
+    """Between tensor-parallel ranks, in one step: computation waits for each."""
+    return sum(
+        collective_seconds(one, layout, gpu) for one in collectives_of_step(job, layout) if one.axis == "tensor"
+    )
+
+
+def exposed_data_seconds(job: Job, layout: Layout, gpu: Gpu, computation: float) -> float:
+    """Of one micro-batch: what remains of the data-parallel exchange when it runs beside `computation`, which FSDP2
+    does from layer to layer; and all of the first gathering and of the last sum, which nothing hides.
+    """
+    collectives = sharding_collectives(job, layout)
+    seconds = sum(collective_seconds(one, layout, gpu) for one in collectives)
+    unhidden = sum(collective_seconds(one, layout, gpu) for one in collectives if one.count == 1)
+    return unhidden + max(seconds - unhidden - computation, 0.0)
