@@ -139,11 +139,11 @@ class Run:
 
 
 @cache
-def single_process(packed: bool, steps: int) -> Run:
+def single_process(packed: bool, steps: int, num_micro_batches: int) -> Run:
     model, curve = build(), []
     optimizer = optimizer_of(model)
     for step in range(steps):
-        curve.append(add_gradients(model, step_batches(4, packed=packed)))
+        curve.append(add_gradients(model, step_batches(num_micro_batches, packed=packed)))
         if step == 0:
             gradients = [copy.deepcopy(parameter.grad) for parameter in model.parameters()]
         optimizer.step()
@@ -176,14 +176,15 @@ def equals_single_process(
     packed: bool = False,
     recompute: bool = False,
     steps: int = 2,
+    num_micro_batches: int = 2,
 ) -> None:
     """Losses, the first step's gradients and their norm, and the weights after the last step."""
-    expected = single_process(packed, steps)
+    expected = single_process(packed, steps, num_micro_batches)
     mesh, model = mesh_of(tensor, sequence_parallel, replicate), build()
     parallelize(model, mesh, prepare_layers=recompute_layers if recompute else None)
     optimizer = optimizer_of(model)
     for step in range(steps):
-        loss = add_gradients(model, step_batches(4, packed=packed), mesh)
+        loss = add_gradients(model, step_batches(num_micro_batches, packed=packed), mesh)
         assert abs(loss - expected.curve[step]) <= TOLERANCE * expected.curve[step]
         if step == 0:
             for (name, parameter), reference in zip(model.named_parameters(), expected.gradients, strict=True):

@@ -15,18 +15,19 @@ def test_tensor_times_data(world, ranks, tensor, sequence_parallel, packed):
     world(ranks).run(cases.equals_single_process, tensor=tensor, sequence_parallel=sequence_parallel, packed=packed)
 
 
-@pytest.mark.parametrize("tensor", [8, 4], ids=["8x1", "4x2"])
-def test_eight_ranks(world, tensor):
-    world(8).run(cases.equals_single_process, tensor=tensor, sequence_parallel=True, packed=True)
+def test_eight_tensor_parallel_ranks(world):
+    world(8).run(cases.equals_single_process, tensor=8, sequence_parallel=True, packed=True)
 
 
 @pytest.mark.parametrize("replicate", [1, 2], ids=["sharded", "hybrid"])
 def test_data_alone(world, replicate):
-    world(4).run(cases.equals_single_process, replicate=replicate)
+    world(4).run(cases.equals_single_process, replicate=replicate, num_micro_batches=4)
 
 
 def test_tensor_times_hybrid_data(world):
-    world(8).run(cases.equals_single_process, tensor=2, replicate=2, sequence_parallel=True)
+    world(8).run(
+        cases.equals_single_process, tensor=2, replicate=2, sequence_parallel=True, steps=1, num_micro_batches=4
+    )
 
 
 @sequence_parallel
