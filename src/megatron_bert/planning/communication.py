@@ -1,8 +1,8 @@
 """Bytes that a step's collectives move, by kind.
 
-Tensor parallelism: arXiv 1909.08053, section 3. Sequence parallelism: arXiv 2205.05198, section 4.2.2. Fully sharded data
-parallelism: Rajbhandari et al. 2019 (arXiv 1910.02054, section 7), stage 3. T tokens and M predicted positions of a
-micro-batch, h hidden; activations and their gradients travel in bfloat16.
+Tensor parallelism: arXiv 1909.08053, section 3. Sequence parallelism: arXiv 2205.05198, section 4.2.2. Fully sharded
+data parallelism: Rajbhandari et al. 2019 (arXiv 1910.02054, section 7), stage 3. T tokens and M predicted positions of
+a micro-batch, h hidden; activations and their gradients travel in bfloat16.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _layer_collectives(job: Job, layout: Layout) -> list[Collective]:
 
 
 def sharding_collectives(job: Job, layout: Layout) -> list[Collective]:
-    """Between data-parallel ranks, for one micro-batch: weights gathered in bfloat16, for a layer in both passes and for
-    the rest once; gradients summed in float32, over `shard` by reduce-scatter and over `replicate` by all-reduce.
+    """Between data-parallel ranks, for one micro-batch: weights gathered in bfloat16, a layer's in both passes and the
+    rest once; gradients summed in float32, over `shard` by reduce-scatter and over `replicate` by all-reduce.
     """
     if not layout.fully_sharded:
         return []

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +24,7 @@ from megatron_bert.planning.communication import Axis, Collective, Kind
 __all__ = ["CollectiveCounter", "MemoryCounter"]
 
 
-class MemoryCounter(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within its block, adds up the storages of all tensors that operators return, until they are freed.
 
     A GPU's allocator rounds sizes up (to 512 bytes) and keeps what it cannot reuse; neither is counted.
@@ -35,18 +34,18 @@ class MemoryCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
 
     def __enter__(self) -> MemoryCounter:
         self._patch = _storage_resizes(self._resized)
         self._patch.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._patch.__exit__(*exception)
 
     def restart_peak(self) -> None:
@@ -111,18 +110,23 @@ _KINDS: dict[str, Kind] = {
     "c10d::_allgather_base_": "all-gather",
     "c10d::_reduce_scatter_base_": "reduce-scatter",
 }
+_by_name: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
 _NAMESPACES, _NOT_COUNTED = ("_c10d_functional::", "c10d::"), ("wait_tensor", "barrier")
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within its block, notes every collective of more than one rank.
 
     Args:
         axes: by the names of process groups.
+
+    Attributes:
+        times: that each one counts from now on.
     """
 
     def __init__(self, axes: Mapping[str, Axis]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.times = 1
         self._axes, self._seen = axes, Counter[Collective]()
 
     def collectives(self) -> list[Collective]:
@@ -145,14 +149,15 @@ class CollectiveCounter(TorchDispatchMode):
         group = next(group for argument in args[::-1] if (group := _group(argument)) is not None)
         if group.size() > 1:
             num_bytes = max(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self._seen[Collective(kind, self._axes[group.group_name], group.size(), num_bytes)] += 1
+            self._seen[Collective(kind, self._axes[group.group_name], group.size(), num_bytes)] += self.times
 
 
 def _group(argument: Any) -> dist.ProcessGroup | None:
     """The process group that an argument is or names."""
     try:
         if isinstance(argument, str):
-            return _resolve_process_group(argument)
+            named: dist.ProcessGroup = _by_name(argument)
+            return named
         if isinstance(argument, torch.ScriptObject):
             return dist.ProcessGroup.unbox(argument)
     except (RuntimeError, ValueError):  # the operation of a reduction

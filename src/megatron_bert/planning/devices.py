@@ -89,4 +89,6 @@ def gpu_named(name: str) -> Gpu:
         return GPUS[name.lower()]
     close = difflib.get_close_matches(name.lower(), GPUS, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise UserError(f"GPU {name!r} is not known{hint}; known: {', '.join(GPUS)}, or give its numbers with --gpu-* options")
+    raise UserError(
+        f"GPU {name!r} is not known{hint}; known: {', '.join(GPUS)}, or give its numbers with --gpu-* options"
+    )

@@ -23,8 +23,7 @@ from megatron_bert.planning.parameters import (
     word_embeddings,
 )
 
-__all__ = ["Memory", "activation_bytes", "gradient_bytes", "layer_activation_bytes", "memory_of_step", "optimizer_bytes",
-           "weight_bytes"]  # fmt: skip
+__all__ = ["Memory", "activation_bytes", "layer_activation_bytes", "memory_of_step", "weight_bytes"]
 
 _BF16, _FP32, _BOOL = 2, 4, 1
 
@@ -89,17 +88,22 @@ def layer_activation_bytes(job: Job, layout: Layout) -> float:
 
 
 def outer_activation_bytes(job: Job, layout: Layout) -> float:
-    """What is kept outside the layers: the embedding's mask, the last norm's input and output, the head's four states
-    of predicted positions.
+    """What is kept outside the layers until the backward pass has come to their end: the embedding's mask, and the last
+    norm's input.
     """
-    config, tokens = job.config, layout.micro_tokens(job)
     on_shards = layout.tensor if layout.sequence_parallel else 1
-    per_token = config.hidden_size * (_BOOL * bool(config.hidden_dropout_prob) + _BF16 / on_shards + _BF16)
-    return tokens * per_token + layout.micro_predicted(job) * 4 * _BF16 * config.hidden_size
+    mask = _BOOL * bool(job.config.hidden_dropout_prob)
+    return layout.micro_tokens(job) * job.config.hidden_size * (mask + _BF16 / on_shards)
+
+
+def head_activation_bytes(job: Job, layout: Layout) -> float:
+    """What lives until the loss is differentiated: the last norm's output, and four states of predicted positions."""
+    states = layout.micro_tokens(job) + 4 * layout.micro_predicted(job)
+    return _BF16 * job.config.hidden_size * states
 
 
 def activation_bytes(job: Job, layout: Layout) -> float:
-    """Of all layers, and outside them."""
+    """What the layers and the embedding keep."""
     return job.config.num_hidden_layers * layer_activation_bytes(job, layout) + outer_activation_bytes(job, layout)
 
 
@@ -110,33 +114,40 @@ def logits_bytes(job: Job, layout: Layout) -> float:
 
 def layer_working_bytes(job: Job, layout: Layout) -> float:
     """What the backward pass of a layer adds to what was kept, at its most, in the MLP: gradients of the layer's output
-    and of the dropout, and of the hidden states before and after the activation, whose states go meanwhile.
+    and of the dropout, of the hidden states before and after the activation, whose states
+    go meanwhile; and of one of its weights, in bfloat16 and, where they
+    are not fully sharded, in float32.
     """
     config, tokens = job.config, layout.micro_tokens(job)
     gradients = _BF16 * (2 * config.hidden_size + config.intermediate_size / layout.tensor)
+    weight_type = _BF16 if layout.fully_sharded else _BF16 + _FP32
+    weight = weight_type * config.hidden_size * config.intermediate_size / layout.tensor
     again = 0.0
     if layout.recompute == "full":
         kept_all = Layout(layout.tensor, sequence_parallel=layout.sequence_parallel, micro_rows=layout.micro_rows)
         again = layer_activation_bytes(job, kept_all)
-    return tokens * gradients + again
+    return tokens * gradients + weight + again
 
 
 def computed_weight_bytes(job: Job, layout: Layout) -> float:
     """Weights in bfloat16 that live as long as activations do.
 
     One GPU alone, or tensor-parallel ones: the matrices of every layer, or with full recomputation of one, and those
-    outside. Fully sharded: what is put together: all outside the layers, and one layer ahead of its time.
+    outside. Fully sharded: what is put together, all outside the layers and two layers, of which one is ahead of its
+    time; and of every layer that is not recomputed the query, key and value weights, which were put side by side.
     """
     config, tensor = job.config, layout.tensor
+    recomputes = layout.recompute == "full"
     if layout.fully_sharded:
-        return _BF16 * (outer_parameters(config, tensor) + layer_parameters(config, tensor))
-    layers = 1 if layout.recompute == "full" else config.num_hidden_layers
+        beside = 0 if recomputes else config.num_hidden_layers * 3 * config.hidden_size**2 // tensor
+        return _BF16 * (outer_parameters(config, tensor) + 2 * layer_parameters(config, tensor) + beside)
+    layers = 1 if recomputes else config.num_hidden_layers
     return _BF16 * (outer_matrices(config, tensor) + layers * layer_matrices(config, tensor))
 
 
 def memory_of_step(job: Job, layout: Layout) -> Memory:
-    """At the most demanding of three moments: the loss, the last layer's backward pass (the first that is taken), and
-    the end of the backward pass, at the word embeddings.
+    """At the most demanding of three moments: the loss; the backward pass of the last layer, which is the first to be
+    taken; and that of the word embeddings, the last.
     """
     config, tensor = job.config, layout.tensor
     weights, optimizer, gradients = (f(job, layout) for f in (weight_bytes, optimizer_bytes, gradient_bytes))
@@ -144,16 +155,17 @@ def memory_of_step(job: Job, layout: Layout) -> Memory:
     kept, computed = activation_bytes(job, layout), computed_weight_bytes(job, layout)
     words, outer = word_embeddings(config, tensor), outer_parameters(config, tensor)
     layer = layer_parameters(config, tensor)
-    if layout.fully_sharded:  # gradients in bfloat16 until they are summed, then in float32 beside
-        in_backward = _BF16 * (outer + layer) + (_BF16 + _FP32) * layer
-        at_end = _BF16 * outer + (_BF16 + _FP32) * outer + _FP32 * layer
+    if layout.fully_sharded:  # gradients in bfloat16 until they are summed, then in float32
+        in_backward = _BF16 * outer + max(_FP32 * layer - layer_activation_bytes(job, layout), 0.0)
+        at_end = float((_BF16 + _BF16 + _FP32) * outer + _FP32 * layer)
         gradients_at_end = gradients if before else gradients - _FP32 * outer / layout.shard
     else:
-        in_backward = (0.0 if before else _FP32 * words) + (_BF16 + _FP32) * layer_matrices(config, tensor) / 3
+        in_backward = 0.0 if before else float(_FP32 * words)
         at_end = computed + _FP32 * words
         gradients_at_end = gradients
+    at_loss = head_activation_bytes(job, layout) + logits_bytes(job, layout)
     moments = [
-        Memory(weights, before, optimizer, kept, computed + logits_bytes(job, layout), "loss"),
+        Memory(weights, before, optimizer, kept, computed + at_loss, "loss"),
         Memory(weights, before, optimizer, kept, computed + in_backward + layer_working_bytes(job, layout), "layers"),
         Memory(weights, gradients_at_end, optimizer, 0.0, at_end, "embeddings"),
     ]

@@ -155,9 +155,7 @@ def collective_seconds(one: Collective, layout: Layout, gpu: Gpu) -> float:
 
 def tensor_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
     """Between tensor-parallel ranks, in one step: computation waits for each."""
-    return sum(
-        collective_seconds(one, layout, gpu) for one in collectives_of_step(job, layout) if one.axis == "tensor"
-    )
+    return sum(collective_seconds(one, layout, gpu) for one in collectives_of_step(job, layout) if one.axis == "tensor")
 
 
 def exposed_data_seconds(job: Job, layout: Layout, gpu: Gpu, computation: float) -> float:

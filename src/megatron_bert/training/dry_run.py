@@ -21,16 +21,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bert.model import MegatronBertForPreTraining, attention, layers, linear
-from megatron_bert.parallel.tensor import apply_tensor_parallel
 from megatron_bert.parallel.data import apply_fully_sharded, call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
 from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import materialize
 from megatron_bert.parallel.mesh import ParallelMesh
-from megatron_bert.parallel.region import TensorRegion
-from megatron_bert.planning.communication import Collective
+from megatron_bert.parallel.region import TensorRegion, local_part
+from megatron_bert.parallel.tensor import apply_tensor_parallel
+from megatron_bert.planning.communication import Axis, Collective
 from megatron_bert.planning.counting import CollectiveCounter, MemoryCounter
 from megatron_bert.planning.layout import Job, Layout
+from megatron_bert.planning.ranking import check_layout
 from megatron_bert.training.configuration import OptimizerSection
 from megatron_bert.training.execution import build_objective, fuse_projections
 from megatron_bert.training.microbatch import MicroBatch
@@ -62,32 +63,41 @@ class DryRun:
 
 
 def dry_run(job: Job, layout: Layout) -> DryRun:
-    """Two steps, of which the second is counted: the first makes the optimizer's states.
+    """One step, after a first one that makes the optimizer's states and fills DTensor's caches, which would count.
+
+    The third micro-batch and those after it, which do what the second does, are counted and not run.
 
     Raises:
-        UserError: the shape cannot be split so.
+        UserError: the job cannot be laid out so.
     """
+    check_layout(job, layout)
     before = time.perf_counter()
     with _fake_ranks(layout.gpus), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of operators that are not meant for tensors without values
         mesh = ParallelMesh.of(device_type="cpu", tensor=layout.tensor, replicate=layout.replicate)
         region = TensorRegion(mesh.tensor, layout.sequence_parallel)
         objective = _objective(job, layout, mesh, region)
         batch = _batch(job, layout)
-        axes = {dist.distributed_c10d._get_default_group().group_name: "all"}
-        axes |= {mesh.device_mesh[axis].get_group().group_name: axis for axis in ("replicate", "shard", "tensor")
-                 if mesh.device_mesh[axis].size() > 1}  # fmt: skip
-        with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter() as memory:
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter() as memory, _as_on_a_gpu():
             materialize(objective.model, _CPU)
             optimizer = build_optimizer(objective.model, OptimizerSection(learning_rate=1e-4))
-            _step(objective, optimizer, batch, layout.micro_batches(job), region)
+            _step(objective, optimizer, batch, 1, region)
             memory.restart_peak()
             state_bytes = memory.live_bytes
-            with CollectiveCounter(axes) as counter:
-                _step(objective, optimizer, batch, layout.micro_batches(job), region)
-        parameters = sum(_local(parameter).numel() for parameter in objective.model.parameters())
+            with CollectiveCounter(_axes(mesh)) as counter:
+                _step(objective, optimizer, batch, layout.micro_batches(job), region, counter)
+        parameters = sum(local_part(parameter).numel() for parameter in objective.model.parameters())
     seconds = time.perf_counter() - before
     return DryRun(parameters, memory.peak_bytes, state_bytes, counter.collectives(), seconds)
+
+
+def _axes(mesh: ParallelMesh) -> dict[str, Axis]:
+    """The mesh's axes by the names of their process groups."""
+    axes: dict[str, Axis] = {dist.distributed_c10d._get_default_group().group_name: "all"}
+    names: tuple[Axis, ...] = ("replicate", "shard", "tensor")
+    return axes | {
+        mesh.device_mesh[name].get_group().group_name: name for name in names if mesh.device_mesh[name].size() > 1
+    }
 
 
 @contextmanager
@@ -133,7 +143,9 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Takes the paths that a GPU takes, which fake tensors of any device can go: the variable-length attention kernel,
     and products in the number type of their operands.
     """
-    originals = layers.packed_attention, linear.cpu_multiplies
+    attending: Any = layers
+    multiplying: Any = linear
+    originals = attending.packed_attention, multiplying.cpu_multiplies
 
     def packed_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Any, *, implementation: str,
@@ -141,11 +153,11 @@ def _as_on_a_gpu() -> Iterator[None]:
     ) -> Tensor:  # fmt: skip
         return attention._varlen_attention(query, key, value, layout, is_causal, scaling, dropout)
 
-    layers.packed_attention, linear.cpu_multiplies = packed_attention, lambda dtype: True  # type: ignore[assignment]
+    attending.packed_attention, multiplying.cpu_multiplies = packed_attention, lambda dtype: True
     try:
         yield
     finally:
-        layers.packed_attention, linear.cpu_multiplies = originals
+        attending.packed_attention, multiplying.cpu_multiplies = originals
 
 
 def _batch(job: Job, layout: Layout) -> MicroBatch:
@@ -167,21 +179,24 @@ def _batch(job: Job, layout: Layout) -> MicroBatch:
 
 
 def _step(
-    objective: Objective, optimizer: torch.optim.Optimizer, batch: MicroBatch, micro_batches: int, region: TensorRegion
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: MicroBatch,
+    micro_batches: int,
+    region: TensorRegion,
+    counter: CollectiveCounter | None = None,
 ) -> None:
     """A step of `micro_batches` micro-batches."""
-    with _as_on_a_gpu():
-        for _ in range(micro_batches):
-            losses = call_within(objective.model, objective, batch)
-            mean_loss(losses, batch.num_masked * micro_batches, batch.num_pairs * micro_batches).backward()
-            del losses
+    for index in range(min(micro_batches, 2)):
+        if counter:
+            counter.times = 1 if index == 0 else micro_batches - 1
+        losses = call_within(objective.model, objective, batch)
+        mean_loss(losses, batch.num_masked * micro_batches, batch.num_pairs * micro_batches).backward()  # type: ignore[no-untyped-call]
+        del losses
+    if counter:
+        counter.times = 1
     sum_sequence_gradients(objective.model, region)
     if dist.get_world_size() > 1:
         gradient_norm(objective.model.parameters())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _local(parameter: Any) -> Tensor:
-    local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return local
