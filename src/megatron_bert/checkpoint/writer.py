@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from megatron_bert.checkpoint.manifest import write_manifest
 from megatron_bert.checkpoint.native import (
@@ -58,12 +58,9 @@ class CheckpointWriter:
 
     def __init__(self, run: Path, keep: int) -> None:
         self._run, self._keep = run, keep
-        gpu = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
-            )
-        )
+        self._gpu = torch.cuda.is_available()
+        # What is under the public `DefaultStager`, which in PyTorch 2.11 can be used only once.
+        self._stager = StateDictStager(pin_memory=self._gpu, share_memory=False)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[OSError | None] | None = None
 
@@ -77,7 +74,7 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._stager.close()
+            self._stager.close()  # type: ignore[no-untyped-call]
 
     def save(self, snapshot: Snapshot, first: Callable[[], None] | None = None) -> None:
         """Copies the snapshot and begins to write it; what became of the one before it is in the log.
@@ -93,8 +90,9 @@ class CheckpointWriter:
             self._pending = Future()
             self._pending.set_result(_reported(snapshot.step, error))
             return
-        tensors = self._stager.stage(dict(snapshot.tensors))
-        assert isinstance(tensors, dict)
+        tensors = self._stager.stage(dict(snapshot.tensors), non_blocking=self._gpu)
+        if self._gpu:
+            torch.cuda.synchronize()
         copied = Snapshot(snapshot.step, tensors, snapshot.state, snapshot.streams)
         self._pending = self._thread.submit(self._write, copied)
 
