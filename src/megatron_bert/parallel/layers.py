@@ -76,7 +76,8 @@ class RowParallelLinear(_OnShards, Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, S, features / degree) -> (B, S, D). The bias is added once, after the ranks' parts are summed."""
-        return self.region.leave(linear(input, self.weight, None)) + self.bias  # type: ignore[no-any-return]
+        summed = self.region.leave(linear(input, self.weight, None))
+        return summed + self.bias.to(summed.dtype)  # type: ignore[no-any-return]  # autocast would widen the sum
 
 
 class VocabularyParallelEmbedding(_OnShards, nn.Embedding):
@@ -154,12 +155,14 @@ class SequenceParallelEncoder(MegatronBertEncoder):
 
     region: TensorRegion
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, S, D) -> (B, S, D), whole on every rank, before and after."""
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, S, D) -> (B, S, D), whole on every rank, before and after. (Around `forward`, whatever that is by now: it
+        may have been replaced, to compile several layers together.)
+        """
         num_tokens, drops = hidden_states.shape[1], self.training and _has_dropout(self)
         with own_stream(self.region.rank, hidden_states.device) if drops else nullcontext():
             tokens = self.region.split_tokens(hidden_states)
-            tokens = super().forward(tokens, *args, num_tokens=num_tokens, **kwargs)
+            tokens = super().__call__(tokens, *args, num_tokens=num_tokens, **kwargs)
         return self.region.gather_tokens(tokens, num_tokens)
 
 

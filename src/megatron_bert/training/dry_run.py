@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_bert.model import MegatronBertForPreTraining, attention, layers, linear
-from megatron_bert.parallel.data import apply_fully_sharded, call_within
+from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
 from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import materialize
 from megatron_bert.parallel.mesh import ParallelMesh
-from megatron_bert.parallel.region import TensorRegion, local_part
-from megatron_bert.parallel.tensor import apply_tensor_parallel
+from megatron_bert.parallel.parallelize import parallelize
+from megatron_bert.parallel.region import local_part
 from megatron_bert.planning.communication import Axis, Collective
 from megatron_bert.planning.counting import CollectiveCounter, MemoryCounter
 from megatron_bert.planning.layout import Job, Layout
@@ -74,18 +74,22 @@ def dry_run(job: Job, layout: Layout) -> DryRun:
     before = time.perf_counter()
     with _fake_ranks(layout.gpus), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of operators that are not meant for tensors without values
-        mesh = ParallelMesh.of(device_type="cpu", tensor=layout.tensor, replicate=layout.replicate)
-        region = TensorRegion(mesh.tensor, layout.sequence_parallel)
-        objective = _objective(job, layout, mesh, region)
+        mesh = ParallelMesh.of(
+            device_type="cpu",
+            tensor=layout.tensor,
+            replicate=layout.replicate,
+            sequence_parallel=layout.sequence_parallel,
+        )
+        objective = _objective(job, layout, mesh)
         batch = _batch(job, layout)
         with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter() as memory, _as_on_a_gpu():
             materialize(objective.model, _CPU)
             optimizer = build_optimizer(objective.model, OptimizerSection(learning_rate=1e-4))
-            _step(objective, optimizer, batch, 1, region)
+            _step(objective, optimizer, batch, 1, mesh)
             memory.restart_peak()
             state_bytes = memory.live_bytes
             with CollectiveCounter(_axes(mesh)) as counter:
-                _step(objective, optimizer, batch, layout.micro_batches(job), region, counter)
+                _step(objective, optimizer, batch, layout.micro_batches(job), mesh, counter)
         parameters = sum(local_part(parameter).numel() for parameter in objective.model.parameters())
     seconds = time.perf_counter() - before
     return DryRun(parameters, memory.peak_bytes, state_bytes, counter.collectives(), seconds)
@@ -109,21 +113,28 @@ def _fake_ranks(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _objective(job: Job, layout: Layout, mesh: ParallelMesh, region: TensorRegion) -> Objective:
+def _objective(job: Job, layout: Layout, mesh: ParallelMesh) -> Objective:
     """The model on the meta device, spread and prepared as a run's."""
     with torch.device("meta"):
         model = MegatronBertForPreTraining(job.config).train()
-    if layout.tensor > 1:
-        apply_tensor_parallel(model, region, gathers_logits=False)
     _keep_what_a_gpu_keeps(model)
-    objective = build_objective(
-        model, _CPU, precision="bfloat16", rows=layout.micro_rows, row_tokens=job.row_tokens, recompute=layout.recompute
-    )
-    fuse_projections(model)
+    objective = Objective(model, _CPU)
+
+    def prepare(model: Any) -> None:
+        nonlocal objective
+        objective = build_objective(
+            model,
+            _CPU,
+            precision="bfloat16",
+            rows=layout.micro_rows,
+            row_tokens=job.row_tokens,
+            recompute=layout.recompute,
+        )
+        fuse_projections(model)
+
+    parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=torch.bfloat16)
     if layout.tensor > 1:
-        objective.token_losses = token_losses_on(region)
-    if layout.fully_sharded:
-        apply_fully_sharded(model, mesh, parameter_dtype=torch.bfloat16)
+        objective.token_losses = token_losses_on(mesh.region)
     return objective
 
 
@@ -183,7 +194,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     batch: MicroBatch,
     micro_batches: int,
-    region: TensorRegion,
+    mesh: ParallelMesh,
     counter: CollectiveCounter | None = None,
 ) -> None:
     """A step of `micro_batches` micro-batches."""
@@ -195,7 +206,7 @@ def _step(
         del losses
     if counter:
         counter.times = 1
-    sum_sequence_gradients(objective.model, region)
+    sum_sequence_gradients(objective.model, mesh.region)
     if dist.get_world_size() > 1:
         gradient_norm(objective.model.parameters())
     optimizer.step()
