@@ -75,6 +75,8 @@ def linear_layers() -> None:
 
     wide = hidden(width=SHAPE["intermediate_size"])
     compare(lambda x: row[1](own_features(x)), row[0], wide, (row[1], row[0]))
+    with torch.autocast("cpu", torch.bfloat16):  # what a layer's residual stream is carried in
+        assert row[1](own_features(wide)).dtype == row[0](wide).dtype == torch.bfloat16
     heads = reference.cls.predictions, parallel.cls.predictions
     compare(lambda x: region.gather_features(heads[1](x)), heads[0], hidden(), (heads[1], heads[0]))
 
