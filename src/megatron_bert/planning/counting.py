@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,26 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_bert.planning.communication import Axis, Collective, Kind
 
-__all__ = ["CollectiveCounter", "MemoryCounter"]
+__all__ = ["CollectiveCounter", "DryRun", "MemoryCounter"]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What rank 0 saw in one step.
+
+    Attributes:
+        parameters: that it holds.
+        peak_bytes: the most that tensors took.
+        state_bytes: weights and optimizer states, between steps.
+        collectives: of the step.
+        seconds: that the dry run took.
+    """
+
+    parameters: int
+    peak_bytes: int
+    state_bytes: int
+    collectives: list[Collective]
+    seconds: float
 
 
 class MemoryCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

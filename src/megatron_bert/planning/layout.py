@@ -66,11 +66,6 @@ class Layout:
         """Whether FSDP2 runs it: with more than one data-parallel rank; `shard` 1 is then plain replication."""
         return self.data > 1
 
-    @property
-    def is_hybrid(self) -> bool:
-        """Sharded and replicated."""
-        return self.shard > 1 and self.replicate > 1
-
     def micro_batches(self, job: Job) -> int:
         """Forward passes of a step."""
         return job.batch_rows // (self.data * self.micro_rows)

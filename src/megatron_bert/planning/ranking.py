@@ -61,7 +61,10 @@ def rank(job: Job, gpu: Gpu, choice: Choice | None = None) -> list[Plan]:
     plans = [_best_micro_batch(job, gpu, layout, choice) for layout in _layouts(job, gpu, choice)]
     if not plans:
         check_layout(job, _any_layout(job, choice))
-        raise UserError("no layout is possible: let more of it open")
+        raise UserError(
+            f"a batch of {job.batch_rows} rows of {job.row_tokens} tokens and this model cannot be split over "
+            f"{job.gpus} GPUs: give a batch with more divisors"
+        )
     plans.sort(key=lambda plan: (not plan.fits, plan.time.total if plan.fits else plan.memory.total))
     best = plans[0]
     return [replace(plan, against=_reason(plan, best, gpu)) for plan in plans]
@@ -125,7 +128,9 @@ def _layouts(job: Job, gpu: Gpu, choice: Choice) -> Iterator[Layout]:
     """
     degrees = [choice.tensor] if choice.tensor else [n for n in _divisors(job.gpus) if n <= gpu.node_gpus]
     for tensor in degrees:
-        data = job.gpus // tensor
+        data, rest = divmod(job.gpus, tensor)
+        if rest or not data:
+            continue
         shards = {choice.shard} if choice.shard else {1, data, max(min(gpu.node_gpus // tensor, data), 1)}
         sequences = (False, True) if tensor > 1 else (False,)
         kinds: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -166,8 +171,8 @@ def _reason(plan: Plan, best: Plan, gpu: Gpu) -> str:
     excess = {name: getattr(plan.time, name) - getattr(best.time, name) for name in vars(plan.time)}
     part = max(excess, key=lambda name: excess[name])
     slower = plan.time.total / best.time.total - 1
-    if excess[part] <= 0:
-        return "as fast"
+    if slower < 0.0005:
+        return "as fast as the first"
     if part in ("products", "attention", "elementwise") and plan.layout.recompute != "none":
         words = "computes activations twice"
     else:

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -28,8 +27,8 @@ from megatron_bert.parallel.materialize import materialize
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.parallel.region import local_part
-from megatron_bert.planning.communication import Axis, Collective
-from megatron_bert.planning.counting import CollectiveCounter, MemoryCounter
+from megatron_bert.planning.communication import Axis
+from megatron_bert.planning.counting import CollectiveCounter, DryRun, MemoryCounter
 from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.ranking import check_layout
 from megatron_bert.training.configuration import OptimizerSection
@@ -38,28 +37,9 @@ from megatron_bert.training.microbatch import MicroBatch
 from megatron_bert.training.objective import Objective, mean_loss
 from megatron_bert.training.optimizer import build_optimizer
 
-__all__ = ["DryRun", "dry_run"]
+__all__ = ["dry_run"]
 
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What rank 0 saw in one step.
-
-    Attributes:
-        parameters: that it holds.
-        peak_bytes: the most that tensors took.
-        state_bytes: weights and optimizer states, between steps.
-        collectives: equal ones together.
-        seconds: that the dry run took.
-    """
-
-    parameters: int
-    peak_bytes: int
-    state_bytes: int
-    collectives: list[Collective]
-    seconds: float
 
 
 def dry_run(job: Job, layout: Layout) -> DryRun:
