@@ -158,15 +158,13 @@ def memory_of_step(job: Job, layout: Layout) -> Memory:
     if layout.fully_sharded:  # gradients in bfloat16 until they are summed, then in float32
         in_backward = _BF16 * outer + max(_FP32 * layer - layer_activation_bytes(job, layout), 0.0)
         at_end = float((_BF16 + _BF16 + _FP32) * outer + _FP32 * layer)
-        gradients_at_end = gradients if before else gradients - _FP32 * outer / layout.shard
     else:
         in_backward = 0.0 if before else float(_FP32 * words)
         at_end = computed + _FP32 * words
-        gradients_at_end = gradients
     at_loss = head_activation_bytes(job, layout) + logits_bytes(job, layout)
     moments = [
         Memory(weights, before, optimizer, kept, computed + at_loss, "loss"),
         Memory(weights, before, optimizer, kept, computed + in_backward + layer_working_bytes(job, layout), "layers"),
-        Memory(weights, gradients_at_end, optimizer, 0.0, at_end, "embeddings"),
+        Memory(weights, gradients, optimizer, 0.0, at_end, "embeddings"),
     ]
     return max(moments, key=lambda memory: memory.total)

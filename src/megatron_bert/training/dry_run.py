@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_bert.data.batches import Batch
+from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertForPreTraining, attention, layers, linear
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
@@ -37,7 +39,7 @@ from megatron_bert.training.microbatch import MicroBatch
 from megatron_bert.training.objective import Objective, mean_loss
 from megatron_bert.training.optimizer import build_optimizer
 
-__all__ = ["dry_run"]
+__all__ = ["dry_run", "full_rows"]
 
 _CPU = torch.device("cpu")
 
@@ -61,7 +63,7 @@ def dry_run(job: Job, layout: Layout) -> DryRun:
             sequence_parallel=layout.sequence_parallel,
         )
         objective = _objective(job, layout, mesh)
-        batch = _batch(job, layout)
+        batch = MicroBatch.of(full_rows(job, layout))
         with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter() as memory, _as_on_a_gpu():
             materialize(objective.model, _CPU)
             optimizer = build_optimizer(objective.model, OptimizerSection(learning_rate=1e-4))
@@ -151,22 +153,20 @@ def _as_on_a_gpu() -> Iterator[None]:
         attending.packed_attention, multiplying.cpu_multiplies = originals
 
 
-def _batch(job: Job, layout: Layout) -> MicroBatch:
-    """Full packed rows, a sequence each, with predicted positions spread evenly."""
+def full_rows(job: Job, layout: Layout) -> Batch:
+    """A micro-batch as the planner takes it to be: packed rows full with one sequence, predicted positions all over."""
     rows, columns = layout.micro_rows, job.row_tokens
     ids, predicted = torch.zeros(rows * columns, dtype=torch.long), layout.micro_predicted(job)
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORED)
     labels[torch.arange(predicted) * len(ids) // max(predicted, 1)] = 1
-    return MicroBatch.of(
-        {
-            "input_ids": ids.view(rows, columns),
-            "token_type_ids": ids.view(rows, columns),
-            "position_ids": torch.arange(columns).expand(rows, columns).contiguous(),
-            "labels": labels.view(rows, columns),
-            "cu_seq_lens": (torch.arange(rows + 1) * columns).int(),
-            "next_sentence_label": torch.zeros(rows, dtype=torch.long),
-        }
-    )
+    return {
+        "input_ids": ids.view(rows, columns),
+        "token_type_ids": ids.view(rows, columns),
+        "position_ids": torch.arange(columns).expand(rows, columns).contiguous(),
+        "labels": labels.view(rows, columns),
+        "cu_seq_lens": (torch.arange(rows + 1) * columns).int(),
+        "next_sentence_label": torch.zeros(rows, dtype=torch.long),
+    }
 
 
 def _step(
