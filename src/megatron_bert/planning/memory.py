@@ -157,7 +157,13 @@ def memory_of_step(job: Job, layout: Layout) -> Memory:
     layer = layer_parameters(config, tensor)
     if layout.fully_sharded:  # gradients in bfloat16 until they are summed, then in float32
         in_backward = _BF16 * outer + max(_FP32 * layer - layer_activation_bytes(job, layout), 0.0)
-        at_end = float((_BF16 + _BF16 + _FP32) * outer + _FP32 * layer)
+        # Two more gradients of the word embeddings while they are added up, before there is a sum over ranks; then,
+        # with the weights gone, that sum, beside the one that it is added to.
+        part = _FP32 * outer / layout.shard
+        adding, summing = 2 * _BF16 * (outer + words), (_BF16 + _FP32) * outer
+        at_end = _FP32 * layer + (max(adding, summing + part) if before else max(adding - part, summing))
+        if before and layout.replicate > 1:  # each layer's all-reduced sum stays until all of them are there
+            at_end += _FP32 * config.num_hidden_layers * layer / layout.shard
     else:
         in_backward = 0.0 if before else float(_FP32 * words)
         at_end = computed + _FP32 * words
