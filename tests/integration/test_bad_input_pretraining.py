@@ -90,7 +90,12 @@ def test_tokenizer_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("a.jsonl", b'{"text": "a"}\n', ["--json-key", "body"], "there is no key 'body'"),
         ("a.txt", b"one\n\xe9t\xe9\n", [], "a.txt line 2 is not UTF-8"),
         ("a.txt", b"\n\n", [], "the input holds no text: every file is empty"),
-        ("a.jsonl", b'{"text": ""}\n{"text": " "}\n', [], "the input holds no text: all documents were dropped (2 empty)"),
+        (
+            "a.jsonl",
+            b'{"text": ""}\n{"text": " "}\n',
+            [],
+            "the input holds no text: all documents were dropped (2 empty)",
+        ),
         ("a.txt.gz", gzip.compress(b"a line\n" * 9999, mtime=0)[:-30], [], "a.txt.gz is damaged or incomplete"),
         ("a.txt", b"text", ["--language", "Klingon!"], "is not a language code"),
         ("a.txt", b"text", ["--lang", "en"], "unrecognized arguments: --lang"),

@@ -188,7 +188,7 @@ def _joined(batch: Batch) -> _Joined:
 
 def _apart(joined: _Joined) -> Batch:
     sizes = [prod(shape) for _, shape, _ in joined.parts]
-    pieces = zip(joined.parts, joined.values.split(sizes), strict=True)
+    pieces = zip(joined.parts, torch.split(joined.values, sizes), strict=True)
     return {name: piece.view(*shape).to(dtype) for (name, shape, dtype), piece in pieces}
 
 
