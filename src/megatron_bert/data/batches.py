@@ -178,7 +178,7 @@ class _Joined(NamedTuple):
     """A batch as one tensor: handing a tensor over from a worker takes a millisecond, whatever its size."""
 
     values: torch.Tensor
-    parts: list[tuple[str, Sequence[int], torch.dtype]]
+    parts: Sequence[tuple[str, Sequence[int], torch.dtype]]
 
 
 def _joined(batch: Batch) -> _Joined:
