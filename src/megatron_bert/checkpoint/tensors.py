@@ -41,6 +41,16 @@ _INDEX_TYPES: dict[tuple[str, str], Any] = {
 _INDEX_TYPES[("torch.serialization", "_get_layout")] = torch.serialization._get_layout
 
 
+def _memory_format(kind: Any, name: str) -> Any:
+    """What `getattr` may give here: Python 3.11's first releases pickle a member of an enumeration as a call of it."""
+    if kind is not metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"it takes {name} from {kind}, which has no place there")
+    return metadata._MEM_FORMAT_ENCODING[name]
+
+
+_INDEX_TYPES[("builtins", "getattr")] = _memory_format
+
+
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes the tensors (in the CPU's memory, or distributed over ranks) to files in `folder`.
 
