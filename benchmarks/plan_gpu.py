@@ -63,8 +63,9 @@ def measure(size: str, rows: int, recompute: Any, micro_batches: int, gpu_name: 
         ).train()
     job, layout = Job(model.config, 1, rows * micro_batches), Layout(recompute=recompute, micro_rows=rows)
     objective = build_objective(
-        model, device, precision="bfloat16", rows=rows, row_tokens=512, recompute=recompute, compiled=True
-    )
+        model, device, precision="bfloat16", rows=rows, row_tokens=512, predicted_share=job.predicted_share,
+        recompute=recompute, compiled=True,
+    )  # fmt: skip
     optimizer = build_optimizer(model, OptimizerSection(learning_rate=1e-4))
     batches = [objective.micro_batch(full_rows(job, layout)) for _ in range(micro_batches)]
     for _ in range(WARM_UP):

@@ -239,7 +239,7 @@ def _profile(args: argparse.Namespace, overrides: list[str], folder: Path) -> No
     runtime = configuration.runtime
     objective = build_objective(
         network, device, precision=configuration.training.precision, rows=args.rows, row_tokens=args.row_tokens,
-        recompute=runtime.recompute, compiled=should_compile(runtime.compile, device),
+        predicted_share=0.15, recompute=runtime.recompute, compiled=should_compile(runtime.compile, device),
     )  # fmt: skip
     optimizer = build_optimizer(network, configuration.optimizer)
     steps = _steps(corpus, configuration)

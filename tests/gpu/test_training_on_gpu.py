@@ -47,8 +47,9 @@ def test_steps_agree_with_plain_float32(precision: str, compiled: bool, is_packe
     wanted = steps_of(plain, Objective(plain, torch.device("cpu")), batches)
     network = model()
     objective = build_objective(
-        network, CUDA, precision=precision, rows=6, row_tokens=40, recompute=recompute, compiled=compiled
-    )
+        network, CUDA, precision=precision, rows=6, row_tokens=40, predicted_share=0.15, recompute=recompute,
+        compiled=compiled,
+    )  # fmt: skip
     found = steps_of(network, objective, [packed(one) for one in batches] if is_packed else batches)
     tolerance = 1e-4 if precision == "float32" else 2e-2
     for one, other in zip(wanted, found, strict=True):
@@ -62,7 +63,9 @@ def test_dropout_leaves_the_loss_where_it_is_and_nothing_is_compiled_twice() -> 
     means = {}
     for compiled in (False, True):
         network = model(dropout=0.2)
-        objective = build_objective(network, CUDA, precision="bfloat16", rows=6, row_tokens=40, compiled=compiled)
+        objective = build_objective(
+            network, CUDA, precision="bfloat16", rows=6, row_tokens=40, predicted_share=0.15, compiled=compiled
+        )
         torch.manual_seed(1)
         micro = objective.micro_batch(packed(batch()))
         draws = torch.stack([objective(micro).masked_lm.detach() / micro.num_masked for _ in range(200)])
@@ -74,7 +77,9 @@ def test_dropout_leaves_the_loss_where_it_is_and_nothing_is_compiled_twice() -> 
 def test_batches_of_other_lengths_are_not_compiled_again() -> None:
     torch._dynamo.reset()
     network = model(dropout=0.1)
-    objective = build_objective(network, CUDA, precision="bfloat16", rows=6, row_tokens=40, compiled=True)
+    objective = build_objective(
+        network, CUDA, precision="bfloat16", rows=6, row_tokens=40, predicted_share=0.15, compiled=True
+    )
     steps_of(network, objective, [packed(batch(seed=0))])
     graphs = counters["stats"]["unique_graphs"]
     steps_of(network, objective, [packed(batch(seed=seed)) for seed in range(1, 4)])
@@ -86,14 +91,16 @@ def test_a_recomputed_layer_draws_the_same_dropout() -> None:
     results = []
     for recompute in ("none", "full", "selective"):
         network = model(dropout=0.2)
-        objective = build_objective(network, CUDA, precision="float32", rows=6, row_tokens=40, recompute=recompute)
+        objective = build_objective(
+            network, CUDA, precision="float32", rows=6, row_tokens=40, predicted_share=0.15, recompute=recompute
+        )
         results.append(steps_of(network, objective, [batch(padded=False)])[0].gradient_norm.item())
     assert results[1:] == pytest.approx(results[:1] * 2, rel=1e-4)
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     network = model()
-    objective = build_objective(network, CUDA, precision="bfloat16", rows=6, row_tokens=40)
+    objective = build_objective(network, CUDA, precision="bfloat16", rows=6, row_tokens=40, predicted_share=0.15)
     optimizer = build_optimizer(network, OptimizerSection(learning_rate=1e-3))
     micro = objective.micro_batch(batch())
     train_step(objective, optimizer, [micro], clip_norm=1.0)
@@ -107,7 +114,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 
 def test_a_step_never_waits_for_the_device() -> None:
     network = model(dropout=0.1)
-    objective = build_objective(network, CUDA, precision="bfloat16", rows=6, row_tokens=40)
+    objective = build_objective(network, CUDA, precision="bfloat16", rows=6, row_tokens=40, predicted_share=0.15)
     optimizer = build_optimizer(network, OptimizerSection(learning_rate=1e-3))
     batches = [packed(batch(seed=seed)) for seed in range(3)]
     train_step(objective, optimizer, [objective.micro_batch(batches[0])], clip_norm=1.0)

@@ -96,7 +96,7 @@ def test_causal_objective_is_the_models_own_loss(filled_up: bool) -> None:
     wanted = model(input_ids=ids, labels=ids).loss
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
     rows: Batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "labels": shifted}
-    micro = MicroBatch.of(rows, FixedShapes(7, 24) if filled_up else None)
+    micro = MicroBatch.of(rows, FixedShapes(7, 24, 0.15) if filled_up else None)
     assert micro.num_masked == 6 * 19
     losses = Objective(model, CPU)(micro)
     assert mean_loss(losses, micro.num_masked, 0).item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -106,7 +106,7 @@ def test_causal_objective_is_the_models_own_loss(filled_up: bool) -> None:
 def test_shapes_that_are_filled_up_change_nothing_and_stay() -> None:
     batches = [batch(seed=seed, rows=rows) for seed, rows in ((0, 6), (1, 6), (2, 3))]
     plain, filled = tiny_model(), tiny_model()
-    shapes = FixedShapes(rows=6, row_tokens=24)
+    shapes = FixedShapes(rows=6, row_tokens=24, predicted_share=0.15)
     wanted = steps_of(plain, Objective(plain, CPU), batches)
     assert_same(wanted, steps_of(filled, Objective(filled, CPU, shapes=shapes), batches))
     micros = [MicroBatch.of(one, shapes) for one in (*batches, *map(packed, batches[:2]))]
@@ -123,7 +123,9 @@ def test_compiled_steps_agree_and_nothing_is_compiled_twice(monkeypatch: pytest.
     counters.clear()
     batches = [batch(seed=0), batch(seed=1), batch(seed=2, rows=4)]
     plain, compiled = tiny_model(3), tiny_model(3)
-    objective = build_objective(compiled, CPU, precision="float32", rows=6, row_tokens=24, compiled=True)
+    objective = build_objective(
+        compiled, CPU, precision="float32", rows=6, row_tokens=24, predicted_share=0.15, compiled=True
+    )
     assert_same(steps_of(plain, Objective(plain, CPU), batches[:1]), steps_of(compiled, objective, batches[:1]))
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs < 10  # one set for all three layers
@@ -148,7 +150,9 @@ def test_recomputation_draws_the_same_dropout(recompute: str) -> None:
         part = model.bert.encoder.layer[0].attention.self.value
         part.register_forward_hook(lambda *_, count=count: count.append(1))
         core = model.bert.encoder.layer[0].attention.self.dropout
-        objective = build_objective(model, CPU, precision="float32", rows=6, row_tokens=20, recompute=kind)
+        objective = build_objective(
+            model, CPU, precision="float32", rows=6, row_tokens=20, predicted_share=0.15, recompute=kind
+        )
         results.append(steps_of(model, objective, [batch(), batch(seed=1)]))
         calls.append(len(count))
         assert core.p == 0.2
@@ -164,7 +168,9 @@ def test_selective_recomputation_keeps_no_attention_probabilities() -> None:
     for kind in ("none", "selective"):
         model = tiny_model()
         model.set_attn_implementation("eager")
-        objective = build_objective(model, CPU, precision="float32", rows=6, row_tokens=20, recompute=kind)
+        objective = build_objective(
+            model, CPU, precision="float32", rows=6, row_tokens=20, predicted_share=0.15, recompute=kind
+        )
         shapes: list[torch.Size] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor, shapes=shapes: (shapes.append(tensor.shape), tensor)[1], lambda tensor: tensor
@@ -187,7 +193,7 @@ def test_fused_projections_are_the_three() -> None:
 
 def test_bfloat16_carries_the_residuals_narrow_and_the_weights_wide() -> None:
     model = tiny_model()
-    objective = build_objective(model, CPU, precision="bfloat16", rows=6, row_tokens=20)
+    objective = build_objective(model, CPU, precision="bfloat16", rows=6, row_tokens=20, predicted_share=0.15)
     seen = []
     model.bert.encoder.layer[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     train_step(objective, SGD(model.parameters()), [objective.micro_batch(batch())], clip_norm=1.0)

@@ -11,6 +11,8 @@ import signal
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -204,10 +206,12 @@ def training_steps(
     """Steps from `start` on, without end; `close` ends the workers.
 
     Args:
-        num_workers: processes that make samples; 0: this one.
+        num_workers: processes that make samples, and a thread then has the next step ready; 0: this process.
         builders: of each corpus of the blend.
     """
     steps = _training_steps(planner, builders, collate, start, num_workers, pin_memory)
+    if num_workers:
+        steps = _one_ahead(steps)
     atexit.register(_close, weakref.ref(steps))
     return steps
 
@@ -234,6 +238,16 @@ def _training_steps(
     for first in batches:
         step = plan.planned.popleft()  # the loader hands batches out in the plan's order
         yield StepBatches([first, *islice(batches, step.num_micro_batches - 1)], step.keys, step.next)
+
+
+def _one_ahead(steps: Generator[StepBatches, None, None]) -> Generator[StepBatches, None, None]:
+    """The same steps; while one is computed, a thread takes the next one from the workers."""
+    with closing(steps), ThreadPoolExecutor(1, thread_name_prefix="next_step") as thread:
+        step = next(steps)  # not by the thread: workers are forked here
+        while True:
+            following = thread.submit(next, steps)
+            yield step
+            step = following.result()
 
 
 def _close(steps: Callable[[], Generator[StepBatches, None, None] | None]) -> None:

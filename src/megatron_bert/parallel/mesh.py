@@ -14,6 +14,8 @@ from megatron_bert.parallel.streams import key
 
 __all__ = ["ParallelMesh"]
 
+_DIMS = ("replicate", "shard", "tensor")
+
 
 @dataclass(frozen=True)
 class ParallelMesh:
@@ -90,6 +92,3 @@ class ParallelMesh:
     def stream_seed(self, seed: int) -> int:
         """What to seed this rank's random stream with: the same within a tensor-parallel group, different between."""
         return key(seed, self.data_rank)
-
-
-_DIMS = ("replicate", "shard", "tensor")

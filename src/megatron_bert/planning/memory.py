@@ -114,9 +114,8 @@ def logits_bytes(job: Job, layout: Layout) -> float:
 
 def layer_working_bytes(job: Job, layout: Layout) -> float:
     """What the backward pass of a layer adds to what was kept, at its most, in the MLP: gradients of the layer's output
-    and of the dropout, of the hidden states before and after the activation, whose states
-    go meanwhile; and of one of its weights, in bfloat16 and, where they
-    are not fully sharded, in float32.
+    and of the dropout, of the hidden states before and after the activation, whose states go meanwhile; and of one of
+    its weights, in bfloat16 and, where they are not fully sharded, in float32.
     """
     config, tokens = job.config, layout.micro_tokens(job)
     gradients = _BF16 * (2 * config.hidden_size + config.intermediate_size / layout.tensor)

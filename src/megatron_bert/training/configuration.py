@@ -139,6 +139,11 @@ class ObjectiveSection(_Section):
                     raise ValueError(f"kind=causal has neither masks nor pairs; leave {name} out")
         return self
 
+    @property
+    def predicted_share(self) -> float:
+        """Of the tokens, those that are predicted."""
+        return 1.0 if self.kind == "causal" else self.mask_share
+
 
 class OptimizerSection(_Section):
     """AdamW with decoupled weight decay; none on biases and layer norms."""

@@ -110,6 +110,7 @@ def _objective(job: Job, layout: Layout, mesh: ParallelMesh) -> Objective:
             precision="bfloat16",
             rows=layout.micro_rows,
             row_tokens=job.row_tokens,
+            predicted_share=job.predicted_share,
             recompute=layout.recompute,
         )
         fuse_projections(model)

@@ -33,6 +33,7 @@ def build_objective(
     precision: str,
     rows: int,
     row_tokens: int,
+    predicted_share: float,
     recompute: Recompute = "none",
     compiled: bool = False,
 ) -> Objective:
@@ -40,6 +41,7 @@ def build_objective(
 
     Args:
         rows, row_tokens: of the largest micro-batch; with `compiled`, every one is filled up to them.
+        predicted_share: of the tokens, those that are expected to be predicted.
     """
     if precision == "bfloat16":
         _residuals_in(torch.bfloat16, model)
@@ -54,7 +56,7 @@ def build_objective(
         device,
         precision,
         token_losses=torch.compile(token_losses, dynamic=False) if compiled else token_losses,
-        shapes=FixedShapes(rows, row_tokens) if compiled else None,
+        shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
     )
 
 

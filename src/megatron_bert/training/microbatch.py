@@ -6,7 +6,7 @@ Legend: B batch, S sequence, M predicted positions of the batch, n sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layo
 
 __all__ = ["FixedShapes", "MicroBatch"]
 
+_INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What a padded batch has, and what its padding holds.
 _PADDING = {
     "input_ids": 0,
@@ -66,23 +67,28 @@ class FixedLayout:
 class FixedShapes:
     """Shapes that every batch of a compiled step has, so that nothing is compiled twice.
 
-    A batch with fewer rows (the last of a pass) or shorter ones is filled up with padding. The number of predicted
-    positions and of sequences is rounded up to the largest seen so far and a reserve: a batch that exceeds it, which
-    is rare, is compiled once more. What is filled up never counts.
+    A batch with fewer rows (the last of a pass) or shorter ones is filled up with padding. So are the predicted
+    positions, to the expected number of a full batch and a reserve, and the sequences of a packed batch, to the largest
+    number so far and a reserve: a batch that exceeds them, which is rare, is compiled once more. What is filled up
+    never counts.
 
     Attributes:
         rows, row_tokens: of every batch.
+        predicted_share: the expected share of tokens that are predicted.
     """
 
     rows: int
     row_tokens: int
+    predicted_share: float
     _predicted: int = 0
     _sequences: int = 0
 
     def predicted(self, number: int) -> int:
         """Room for the predicted positions of a batch that has `number`."""
+        positions = self.rows * self.row_tokens
+        expected = self.predicted_share * positions
         if number > self._predicted:
-            self._predicted = min(_rounded_up(1.05 * number, 128), max(self.rows * self.row_tokens, number))
+            self._predicted = min(_rounded_up(1.05 * max(number, expected), 128), max(positions, number))
         return self._predicted
 
     def sequences(self, number: int) -> int:
@@ -125,8 +131,7 @@ class MicroBatch:
         labels, pairs = batch["labels"].flatten(), batch.get("next_sentence_label")
         positions = (labels != IGNORED).nonzero(as_tuple=True)[0]
         targets, num_masked = labels[positions], len(positions)
-        inputs = {name: batch[name] for name in ("input_ids", "token_type_ids")}
-        inputs |= {name: batch[name] for name in ("position_ids",) if name in batch}
+        inputs: dict[str, Tensor] = {name: batch[name] for name in _INPUTS if name in batch}
         num_pairs = 0 if pairs is None else int((pairs != IGNORED).sum())
         if shapes is not None:
             room = shapes.predicted(num_masked) - num_masked
@@ -158,19 +163,20 @@ class MicroBatch:
     def to(self, device: torch.device) -> Self:
         """A copy on `device`; the host does not wait for it."""
         inputs = {name: _moved(value, device) for name, value in self.inputs.items()}
-        changes: dict[str, Any] = {
-            name: _moved(value, device)
-            for name, value in (("positions", self.positions), ("targets", self.targets), ("pairs", self.pair_labels))
-            if value is not None
-        }
-        changes["pair_labels"] = changes.pop("pairs", None)
         layout = self.layout
         if isinstance(layout, FixedLayout):
             layout = FixedLayout(layout.layout, inputs["cu_seq_lens_q"], layout.max_length)
         elif layout is not None:
             indices = None if layout.indices_T is None else _moved(layout.indices_T, device)
             layout = replace(layout, device=device, indices_T=indices)
-        return replace(self, inputs=inputs, layout=layout, **changes)
+        return replace(
+            self,
+            inputs=inputs,
+            layout=layout,
+            positions=_moved(self.positions, device),
+            targets=_moved(self.targets, device),
+            pair_labels=None if self.pair_labels is None else _moved(self.pair_labels, device),
+        )
 
 
 def _real_lengths(batch: Batch) -> Tensor:

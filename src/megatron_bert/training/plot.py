@@ -17,6 +17,8 @@ __all__ = ["NothingToPlot", "plot_run"]
 
 Records = Sequence[dict[str, Any]]
 
+_KINDS = ("training", "validation")
+
 # A panel's title, its quantities with their names in the legend, and whether its axis is logarithmic.
 _PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("loss (nats)", {"masked_lm_loss": "token", "pair_loss": "pair"}, False),
@@ -62,9 +64,6 @@ def plot_run(run: Path, picture: Path | None = None) -> Path:
     with written_aside(target) as aside:
         figure.savefig(aside, format="png", dpi=90)
     return target
-
-
-_KINDS = ("training", "validation")
 
 
 def _draw(axes: Axes, names: dict[str, str], training: Records, validation: Records) -> None:

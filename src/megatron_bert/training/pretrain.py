@@ -239,6 +239,7 @@ def _wire(
         precision=training.precision,
         rows=layout.micro_samples,
         row_tokens=configuration.data.row_tokens,
+        predicted_share=configuration.objective.predicted_share,
         recompute=runtime.recompute,
         compiled=should_compile(runtime.compile, device),
     )
