@@ -10,3 +10,11 @@ class UserError(ValueError):
     The command prints it as ``megatron-bert VERB: error: MESSAGE`` and ends with exit code 2; library callers see an
     ordinary ``ValueError``.
     """
+
+
+class SharedError(UserError):
+    """A mistake that every process of a run has been told of, so that one of them can say it for all."""
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run ended or does not answer. Nothing is wrong with this one."""

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_bert.cli import VERBS
-from megatron_bert.errors import UserError
+from megatron_bert.errors import LostProcess, SharedError, UserError
 
 PROGRAM = "megatron-bert"
 EXIT_OURS, EXIT_THEIRS, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 2, 130, 141
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _abandon_stdout_unless_it_works()
         line, code = _explain(error)
-        print(f"{name}: {line}", file=sys.stderr)
+        if _is_to_say(error):
+            print(f"{name}: {line}", file=sys.stderr)
         return code
 
 
@@ -95,13 +96,13 @@ def _run_verb(name: str, words: list[str]) -> int:
 
 @contextmanager
 def _log_on_stderr(prefix: str) -> Iterator[None]:
-    """Shows what the package logs, one line each; other packages' logs are theirs to show."""
+    """Shows what the package logs, one line each, on the first process of a run; other packages' logs are theirs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
     logger = logging.getLogger("megatron_bert")
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
     try:
         yield
     finally:
@@ -120,14 +121,26 @@ def _explain(error: BaseException) -> tuple[str, int]:
     """The one line about ``error``, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
+    rank = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))  # of an error that others do not have
     if isinstance(error, UserError):
-        return f"error: {_one_line(error)}", EXIT_THEIRS
+        return f"error: {rank}{_one_line(error)}", EXIT_THEIRS
+    if isinstance(error, LostProcess):
+        return f"error: {_one_line(error)}", EXIT_OURS
     if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         if error.errno == errno.ENOSPC and not where:
             where = "cannot write the output: "
-        return f"error: {where}{error.strerror or _one_line(error)}", EXIT_THEIRS
-    return f"internal error: {type(error).__name__}: {_one_line(error)} (--debug shows the traceback)", EXIT_OURS
+        return f"error: {rank}{where}{error.strerror or _one_line(error)}", EXIT_THEIRS
+    return f"internal error: {rank}{type(error).__name__}: {_one_line(error)} (--debug shows the traceback)", EXIT_OURS
+
+
+def _is_to_say(error: BaseException) -> bool:
+    """Of several processes that `torchrun` started, the first one says what all were told, the first of each node what
+    all of them find, and each one what it alone finds.
+    """
+    if getattr(error, "__notes__", ()):
+        return True
+    return os.environ.get("RANK" if isinstance(error, SharedError) else "LOCAL_RANK", "0") == "0"
 
 
 def _one_line(error: BaseException) -> str:

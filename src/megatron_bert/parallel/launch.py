@@ -1,18 +1,27 @@
-"""The processes of a run: joining them, and seeing that they are at the same thing."""
+"""The processes of a run: joining them, seeing that they are at the same thing, and ending them together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_bert.errors import UserError
+from megatron_bert.errors import LostProcess, SharedError, UserError
 
-__all__ = ["check_agreement", "is_launched", "joined_processes", "local_device"]
+__all__ = ["agreed", "check_agreement", "exchange", "is_launched", "joined_processes", "local_device", "ranks_of"]
+
+Result = TypeVar("Result")
+
+# What gloo and NCCL say where another process is gone or silent.
+_LOST = re.compile(
+    r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|NCCL|broken pipe|peer|unreachable", re.IGNORECASE
+)
 
 
 def is_launched() -> bool:
@@ -21,45 +30,106 @@ def is_launched() -> bool:
 
 
 def local_device(device_type: str) -> torch.device:
-    """This rank's device: the CPU, or the GPU of its place on the node."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device_type == "cuda" else torch.device("cpu")
-    )
+    """This rank's device: the CPU, or the GPU of its place on the node.
+
+    Raises:
+        UserError: the node has fewer GPUs than processes.
+    """
+    if device_type != "cuda":
+        return torch.device("cpu")
+    place = int(os.environ.get("LOCAL_RANK", "0"))
+    if place >= torch.cuda.device_count():
+        raise UserError(f"{torch.cuda.device_count()} GPUs for {os.environ.get('LOCAL_WORLD_SIZE')} processes on this "
+                        f"node: start one process a GPU (torchrun --nproc-per-node)")  # fmt: skip
+    return torch.device("cuda", place)
 
 
 @contextmanager
 def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[None]:
-    """The processes that `torchrun` started are one group: NCCL between GPUs, gloo between CPUs. Rank, number of ranks
-    and where to meet are read from the environment.
+    """The processes that `torchrun` started are one group: gloo between CPUs, and NCCL between GPUs where `device` is
+    one. Rank, number of ranks and where to meet are read from the environment.
 
-    A rank that waits longer than `timeout_seconds` for another ends with an error.
+    An error of this rank alone gets a note that names the rank.
+
+    Raises:
+        LostProcess: another rank is gone, or was waited for longer than `timeout_seconds`.
     """
     is_gpu = device.type == "cuda"
     if is_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if is_gpu else "gloo",
+        "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device if is_gpu else None,
     )
+    rank = dist.get_rank()
     try:
         yield
+    except SharedError:
+        raise
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            error.add_note(f"rank {rank}")
+            raise
+        reason = str(error).splitlines()[0]
+        raise LostProcess(
+            f"rank {rank} lost another process of the run, which ended or does not answer ({reason})"
+        ) from error
+    except Exception as error:
+        error.add_note(f"rank {rank}")
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def exchange(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """What every rank gave, in the order of ranks; alone, its own. All ranks have to call it. For small objects."""
+    if not dist.is_initialized():
+        return [value]
+    everywhere: list[Result] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, value, group=group)
+    return everywhere
+
+
+def agreed(function: Callable[[], Result]) -> Result:
+    """What `function` gives on this rank, if no rank finds a mistake. All ranks have to call it.
+
+    Raises:
+        SharedError: on every rank, where `function` raises a `UserError` or an `OSError` on any; names the ranks.
+    """
+    if not dist.is_initialized():
+        return function()
+    result: list[Result] = []
+    problem = ""
+    cause: Exception | None = None
+    try:
+        result.append(function())
+    except UserError as error:
+        problem, cause = str(error), error
+    except OSError as error:
+        problem, cause = f"{error.filename}: {error.strerror}" if error.filename else str(error), error
+    problems = exchange(problem)
+    for first in filter(None, problems):
+        ranks = [rank for rank, one in enumerate(problems) if one]
+        where = "" if len(ranks) == len(problems) else f"{ranks_of(ranks)}: "
+        raise SharedError(f"{where}{first}") from cause
+    return result[0]
+
+
+def ranks_of(ranks: list[int]) -> str:
+    """``rank 3``, ``ranks 0, 3``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
     """Compares what should be the same on all ranks: the recipe's fingerprint, versions, the code's.
 
     Raises:
-        UserError: on every rank, where a fact differs from rank 0's; names the fact and the ranks.
+        SharedError: on every rank, where a fact differs from rank 0's; names the fact and the ranks.
     """
-    everywhere: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, dict(facts))
+    everywhere = exchange(dict(facts))
     for name, value in everywhere[0].items():
         others = [rank for rank, theirs in enumerate(everywhere) if theirs.get(name) != value]
         if others:
-            raise UserError(
-                f"{name} is {value} on rank 0 and {everywhere[others[0]].get(name)} on rank "
-                f"{', '.join(map(str, others))}: start all of them alike"
-            )
+            raise SharedError(f"{name} is {value} on rank 0 and {everywhere[others[0]].get(name)} on "
+                              f"{ranks_of(others)}: start all of them alike")  # fmt: skip
