@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from megatron_bert.errors import LostProcess, SharedError, UserError
 
 PROGRAM = "megatron-bert"
 EXIT_OURS, EXIT_THEIRS, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 2, 130, 141
+# `torchrun` ends all processes when the first one ends: one that leaves the line to another waits until it is said.
+_SILENCE_SECONDS = 2
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -59,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon_stdout_unless_it_works()
         line, code = _explain(error)
         if _is_to_say(error):
-            print(f"{name}: {line}", file=sys.stderr)
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SILENCE_SECONDS)
         return code
 
 

@@ -119,6 +119,8 @@ class HeadModel(MegatronBertPreTrainedModel):
         """Takes the vocabulary's padding rows, where they are known, out of the running for predictions."""
         if self.num_tokens is None or labels_given:
             return logits
+        if logits.requires_grad and logits._is_view():  # put together from ranks' parts: autograd wants a copy of that
+            logits = logits.clone()
         logits[..., self.num_tokens :] = torch.finfo(logits.dtype).min
         return logits
 

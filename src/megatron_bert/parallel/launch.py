@@ -38,9 +38,10 @@ def local_device(device_type: str) -> torch.device:
     if device_type != "cuda":
         return torch.device("cpu")
     place = int(os.environ.get("LOCAL_RANK", "0"))
-    if place >= torch.cuda.device_count():
-        raise UserError(f"{torch.cuda.device_count()} GPUs for {os.environ.get('LOCAL_WORLD_SIZE')} processes on this "
-                        f"node: start one process a GPU (torchrun --nproc-per-node)")  # fmt: skip
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", place + 1))
+    if processes > torch.cuda.device_count():  # all of the node's processes find it, and its first one says it
+        raise UserError(f"{torch.cuda.device_count()} GPUs for {processes} processes on this node: start one process a "
+                        "GPU (torchrun --nproc-per-node)")  # fmt: skip
     return torch.device("cuda", place)
 
 
