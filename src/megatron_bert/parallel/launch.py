@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_bert.errors import LostProcess, SharedError, UserError
 
-__all__ = ["agreed", "check_agreement", "exchange", "is_launched", "joined_processes", "local_device", "ranks_of"]
+__all__ = ["agreed", "check_agreement", "exchange", "is_launched", "joined_processes", "local_device", "ranks_of", "told"]
 
 Result = TypeVar("Result")
 
@@ -105,16 +105,20 @@ def agreed(function: Callable[[], Result]) -> Result:
     cause: Exception | None = None
     try:
         result.append(function())
-    except UserError as error:
-        problem, cause = str(error), error
-    except OSError as error:
-        problem, cause = f"{error.filename}: {error.strerror}" if error.filename else str(error), error
+    except (UserError, OSError) as error:
+        problem, cause = told(error), error
     problems = exchange(problem)
     for first in filter(None, problems):
         ranks = [rank for rank, one in enumerate(problems) if one]
         where = "" if len(ranks) == len(problems) else f"{ranks_of(ranks)}: "
         raise SharedError(f"{where}{first}") from cause
     return result[0]
+
+
+def told(error: UserError | OSError) -> str:
+    """What to tell the other ranks of an error."""
+    is_of_file = isinstance(error, OSError) and error.filename
+    return f"{error.filename}: {error.strerror}" if is_of_file else str(error)
 
 
 def ranks_of(ranks: list[int]) -> str:
