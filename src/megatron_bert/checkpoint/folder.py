@@ -133,14 +133,19 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has no model: config.json, but no {WEIGHT_FILES[0]} and no {WEIGHT_FILES[2]}")
     if found.suffix != ".json":
         return [found]
-    weight_map = _read_json(found).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{found} names no weight files (weight_map)")
-    files = [folder / os.path.basename(str(name)) for name in sorted(set(weight_map.values()))]
+    files = [folder / name for name in read_index(found)]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, one of the {len(files)} files that {found.name} names")
     return files
+
+
+def read_index(file: Path) -> list[str]:
+    """The names of the weight files that an index, ``*.index.json``, names. Raises ``UserError`` where there are none."""
+    weight_map = _read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{file} names no weight files (weight_map)")
+    return [os.path.basename(str(name)) for name in sorted(set(weight_map.values()))]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file
 
-from megatron_bert.checkpoint.folder import check_config, check_folder, refusing_pickles
+from megatron_bert.checkpoint.folder import WEIGHT_FILES, check_config, check_folder, read_index, refusing_pickles
 from megatron_bert.data.tokenization import local_path
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
@@ -42,7 +42,7 @@ def load_model(
     if source is None:
         check_model(where)
     else:
-        _check_required(required, set(check_folder(source)), where)
+        check_required(required, set(check_folder(source)), where)
     model, info = _from_pretrained(model_class, where, dtype=dtype, local_files_only=source is not None, **changes)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(required)) if required else []
     if missing:
@@ -66,7 +66,28 @@ def check_model(path_or_name: str | os.PathLike[str]) -> MegatronBertConfig:
     return check_config(source)
 
 
-def _check_required(required: tuple[str, ...], present: set[str], where: str) -> None:
+def model_folder(path_or_name: str | os.PathLike[str]) -> Path:
+    """The folder of a model: that of this name, or where the hub's files are kept, which are fetched if need be.
+
+    Raises ``UserError`` where the hub does not have the model or cannot be asked.
+    """
+    where = os.fspath(path_or_name)
+    source = local_path(where)
+    if source is not None:
+        return source
+    with _explained(where):
+        folder = Path(str(cached_file(where, "config.json"))).parent
+        for name in WEIGHT_FILES:
+            if found := cached_file(where, name, _raise_exceptions_for_missing_entries=False):
+                parts = read_index(Path(found)) if found.endswith(".json") else []
+                for part in parts:
+                    cached_file(where, part)
+                break
+    return folder
+
+
+def check_required(required: tuple[str, ...], present: set[str], where: str) -> None:
+    """Raises ``UserError`` where of a beginning in ``required`` no weight is ``present``."""
     for beginning in required:
         if not any(name.startswith(beginning) for name in present):
             raise UserError(f"{where} has no {beginning}* among its weights, without which it cannot do this")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["MANIFEST", "damage", "write_manifest"]
+__all__ = ["MANIFEST", "Files", "damage", "describe", "write_manifest"]
 
 MANIFEST = "manifest.json"
+
+Files = dict[str, dict[str, Any]]  # size and hash by name
 
 
 class _File(BaseModel):
@@ -25,13 +29,22 @@ class _Manifest(BaseModel):
     files: dict[str, _File]
 
 
-def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` about every file that `folder` has; call it last.
+def describe(files: Iterable[Path]) -> Files:
+    """What the manifest says of these files.
 
     Raises:
         OSError: what the file system says.
     """
-    files = {path.name: _File(bytes=path.stat().st_size, sha256=_hash(path)) for path in sorted(folder.iterdir())}
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in files}
+
+
+def write_manifest(folder: Path, parts: Iterable[Files]) -> None:
+    """Writes `manifest.json` about the files that `parts` describe; call it last.
+
+    Raises:
+        OSError: what the file system says.
+    """
+    files = {name: _File.model_validate(about) for part in parts for name, about in sorted(part.items())}
     (folder / MANIFEST).write_text(_Manifest(files=files).model_dump_json(indent=1), encoding="utf-8")
 
 

@@ -1,22 +1,89 @@
-"""Fills a model that is spread over ranks from a folder in Transformers' format: each rank reads its own part."""
+"""A model that is spread over ranks, from a folder in Transformers' format: each rank reads its own part."""
 
 from __future__ import annotations
 
+import os
 import re
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_bert.checkpoint.folder import check_folder, read_shapes, refusing_pickles, weight_files
+from megatron_bert.checkpoint.folder import check_config, check_folder, read_shapes, refusing_pickles, weight_files
+from megatron_bert.checkpoint.load import check_required, model_folder
 from megatron_bert.errors import UserError
+from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
 from megatron_bert.model.loading import num_tokens_beside, report_differences
-from megatron_bert.parallel.materialize import initialize, local_slices, parameter_names
+from megatron_bert.parallel.launch import agreed, check_agreement
+from megatron_bert.parallel.materialize import initialize, local_slices, materialize, parameter_names
+from megatron_bert.parallel.mesh import ParallelMesh
+from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.parallel.region import local_part
+from megatron_bert.parallel.tensor import check_degree
 
-__all__ = ["load_shards"]
+__all__ = ["load_shards", "load_tensor_parallel"]
+
+Model = TypeVar("Model", bound=MegatronBertPreTrainedModel)
+
+
+def load_tensor_parallel(
+    model_class: type[Model],
+    path_or_name: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    required: tuple[str, ...] = (),
+) -> Model:
+    """The model in a folder, or of that name on the hub, ready to predict on the tensor-parallel ranks of `mesh`. All
+    of them have to call it; a language model's logits are each rank's part of them.
+
+    It is built without memory, and each rank reads its part of each weight: none ever holds more than that, and one
+    part more.
+
+    Args:
+        required: see `checkpoint.load.load_model`.
+
+    Raises:
+        SharedError: on every rank, for what `load_model` finds on any, for a shape that cannot be split over so many,
+            and for ranks whose model or number type differs from the first one's.
+    """
+    folder, config = agreed(lambda: _checked(path_or_name, mesh.tensor_degree, required))
+    digest = blake2b(config.to_json_string().encode(), digest_size=4).hexdigest()
+    check_agreement({"the configuration's digest": digest, "the number type": str(dtype).removeprefix("torch.")})
+    with torch.device("meta"):
+        model: Any = model_class(config)
+    model.to(dtype)
+    parallelize(model, mesh)
+    materialize(model, device)
+    agreed(lambda: load_shards(model, folder))
+    model.train(False)
+    return cast(Model, model)
+
+
+def _checked(
+    path_or_name: str | os.PathLike[str], degree: int, required: tuple[str, ...]
+) -> tuple[Path, MegatronBertConfig]:
+    folder = model_folder(path_or_name)
+    config = check_config(folder)
+    try:
+        check_degree(config, degree)
+    except UserError as error:
+        fitting = [str(number) for number in range(1, degree) if _fits(config, number)]
+        raise UserError(f"{error}; it fits {' or '.join(fitting)} (torchrun --nproc-per-node)") from error
+    check_required(required, set(check_folder(folder)), os.fspath(path_or_name))
+    return folder, config
+
+
+def _fits(config: MegatronBertConfig, degree: int) -> bool:
+    try:
+        check_degree(config, degree)
+    except UserError:
+        return False
+    return True
 
 
 @torch.no_grad()

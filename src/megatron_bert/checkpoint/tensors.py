@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
@@ -51,8 +52,11 @@ def _memory_format(kind: Any, name: str) -> Any:
 _INDEX_TYPES[("builtins", "getattr")] = _memory_format
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Writes the tensors (in the CPU's memory, or distributed over ranks) to files in `folder`.
+
+    Args:
+        group: the processes that write; default: all.
 
     Raises:
         OSError: what the file system says.
@@ -60,7 +64,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
     writer = filesystem.FileSystemWriter(folder, sync_files=False)  # whoever renames the folder syncs all of its files
     try:
-        save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer, process_group=group)
     except (CheckpointException, RuntimeError) as error:
         raise _cause(error) from error
 

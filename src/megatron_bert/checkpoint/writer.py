@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
-from megatron_bert.checkpoint.manifest import write_manifest
+from megatron_bert.checkpoint.manifest import Files, describe, write_manifest
 from megatron_bert.checkpoint.native import (
     checkpoint_of,
     checkpoints_folder,
@@ -31,6 +33,8 @@ from megatron_bert.data.files import sync, written_aside
 __all__ = ["CheckpointWriter", "Snapshot", "remove_unfinished"]
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,15 @@ class CheckpointWriter:
     again the next time), so no checkpoint ever mixes two steps. One checkpoint is written at a time; the next `save`
     waits for it. A disk that is full is said aloud and does not end the run: earlier checkpoints are as good as before,
     and the next `save` tries again. Leaving the block waits for what is being written.
+
+    Args:
+        group: the processes that share the run, all of which save at the same step, each its own parts; a group that
+            nothing else uses. None: this process is alone.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self._run, self._keep = run, keep
+    def __init__(self, run: Path, keep: int, group: dist.ProcessGroup | None = None) -> None:
+        self._run, self._keep, self._group = run, keep, group
+        self._rank = 0 if group is None else dist.get_rank(group)
         self._gpu = torch.cuda.is_available()
         # What is under the public `DefaultStager`, which in PyTorch 2.11 can be used only once.
         self._stager = StateDictStager(pin_memory=self._gpu, share_memory=False)
@@ -84,8 +93,7 @@ class CheckpointWriter:
         """
         self.wait()
         try:
-            if first:
-                first()
+            self._together(first or _nothing)
         except OSError as error:
             self._pending = Future()
             self._pending.set_result(_reported(snapshot.step, error))
@@ -102,18 +110,55 @@ class CheckpointWriter:
         return pending.result() if pending else None
 
     def _write(self, snapshot: Snapshot) -> OSError | None:
-        target = checkpoint_of(self._run, snapshot.step)
         try:
-            with written_aside(target, folder=True) as aside:
-                write_tensors(aside, snapshot.tensors)
-                state_file(aside).write_text(json.dumps(snapshot.state), encoding="utf-8")
-                streams_file(aside, 0).write_text(json.dumps(snapshot.streams), encoding="utf-8")
-                write_manifest(aside)
-            sync(target.parent)
-            self._prune(snapshot.step)
+            with ExitStack() as stack:
+                aside = self._together(lambda: self._begin(snapshot.step, stack))[0]
+                assert aside
+                files = self._together(lambda: self._fill(aside, snapshot))
+                self._together(lambda: self._finish(aside, snapshot.step, files, stack))
         except OSError as error:
             return _reported(snapshot.step, error)
         return None
+
+    def _begin(self, step: int, stack: ExitStack) -> Path | None:
+        """The folder to write to, made by the first process."""
+        if self._rank:
+            return None
+        return stack.enter_context(written_aside(checkpoint_of(self._run, step), folder=True))
+
+    def _fill(self, aside: Path, snapshot: Snapshot) -> Files:
+        """Writes this process's part, and describes its files."""
+        write_tensors(aside, snapshot.tensors, self._group)
+        streams_file(aside, self._rank).write_text(json.dumps(snapshot.streams), encoding="utf-8")
+        mine = [*aside.glob(f"__{self._rank}_*"), streams_file(aside, self._rank)]
+        if not self._rank:
+            state_file(aside).write_text(json.dumps(snapshot.state), encoding="utf-8")
+            mine += [state_file(aside), aside / ".metadata"]
+        return describe(mine)
+
+    def _finish(self, aside: Path, step: int, files: Sequence[Files], stack: ExitStack) -> None:
+        """The first process makes it a checkpoint."""
+        if self._rank:
+            return
+        write_manifest(aside, files)
+        stack.close()
+        sync(checkpoints_folder(self._run))
+        self._prune(step)
+
+    def _together(self, part: Callable[[], Result]) -> list[Result]:
+        """What `part` gave on each process. Where it fails on one, it fails on all."""
+        try:
+            mine: Any = part()
+        except OSError as error:
+            mine = error
+        everywhere = [mine]
+        if self._group is not None:
+            everywhere = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(everywhere, mine, group=self._group)
+        for one in everywhere:
+            if isinstance(one, OSError):
+                raise one
+        return everywhere
 
     def _prune(self, newest: int) -> None:
         """Removes what is not among the last `keep` up to `newest`; what is beyond was damaged when the run began."""
@@ -121,6 +166,10 @@ class CheckpointWriter:
         for path in list_checkpoints(self._run):
             if path not in kept:
                 shutil.rmtree(path)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _reported(step: int, error: OSError) -> OSError:

@@ -1,7 +1,7 @@
 """Predict the masked words of texts.
 
 A mask is written [MASK] or <mask>; a text may have several. Texts are arguments, or the lines of a file, or of the
-standard input. Results come in the order of the texts.
+standard input. Results come in the order of the texts. Started by torchrun, each process has a part of the model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_bert.errors import UserError
+from megatron_bert.errors import SharedError, UserError
 
 if TYPE_CHECKING:
-    from megatron_bert.inference.fill_mask import Filled, MaskedTextEncoder
+    from megatron_bert.inference.fill_mask import Filled, MaskedTextEncoder, MaskFiller
     from megatron_bert.inference.lines import Text
+    from megatron_bert.inference.ranks import InferenceRanks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,41 +55,70 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give texts as arguments or in --file, not both")
     if not args.texts and not args.file and sys.stdin.isatty():
         raise UserError("no text: give texts as arguments, in --file F, or on the standard input")
-    if args.file and args.file != "-" and not os.path.exists(args.file):
+    if args.file and args.file != "-" and _is_first() and not os.path.exists(args.file):
         raise UserError(f"--file {args.file}: no such file")
     return _fill(args)
 
 
+def _is_first() -> bool:
+    """Of the processes that `torchrun` started, the first one alone reads texts and shows something."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fill(args: argparse.Namespace) -> int:
-    import torch
     from huggingface_hub.utils import logging as hub_logging
-    from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
     from megatron_bert.inference.device import choose_device
-    from megatron_bert.inference.fill_mask import load_encoder, load_mask_filler
+    from megatron_bert.inference.ranks import ALONE, joined_ranks
+    from megatron_bert.parallel.launch import is_launched
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    choose_device(args.device)  # what can be wrong without the weights is looked at without them
-    encoder = load_encoder(args.model, truncate=args.truncate)
-    total = _check_texts(args, encoder)
-    filler = load_mask_filler(
-        args.model, encoder, device=args.device, dtype=args.dtype, top_k=args.top_k, batch_tokens=args.batch_tokens
-    )
+    if not is_launched():
+        choose_device(args.device)  # what can be wrong without the weights is looked at without them
+        _predict(args, ALONE)
+        return 0
+    with joined_ranks(args.device) as ranks:
+        _predict(args, ranks)
+    return 0
+
+
+def _predict(args: argparse.Namespace, ranks: InferenceRanks) -> None:
+    """The texts are the first rank's, which checks them, hands them on to the others, and prints."""
+    import torch
+    from tqdm import tqdm
+
+    from megatron_bert.inference.fill_mask import load_encoder
+    from megatron_bert.parallel.launch import agreed
+
+    encoder = agreed(lambda: load_encoder(args.model, truncate=args.truncate))
+    total = ranks.from_first(lambda: _check_texts(args, encoder))
+    filler = _load(args, encoder, ranks)
     _choose_encoding(args.json)
     show = _as_json if args.json else _as_table
     write = tqdm.write if sys.stdout.isatty() else print  # above the bar, where both are on the terminal
     try:
         with tqdm(desc="predicting", total=total, unit=" texts", **_bar_options()) as bar:
-            for result in filler.stream(_texts(args), bar.update):
-                write(show(result))
-                sys.stdout.flush()  # whoever sends text line by line gets its answer before the next line
+            for result in filler.stream(ranks.stream_from_first(_texts(args)), bar.update):
+                if ranks.is_first:
+                    write(show(result))
+                    sys.stdout.flush()  # whoever sends text line by line gets its answer before the next line
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
-    return 0
+    except UserError as error:  # of the texts or the scores, which are the same on all ranks
+        raise SharedError(str(error)) from error
+
+
+def _load(args: argparse.Namespace, encoder: MaskedTextEncoder, ranks: InferenceRanks) -> MaskFiller:
+    from megatron_bert.inference.fill_mask import load_mask_filler, load_parallel_mask_filler
+
+    options = {"dtype": args.dtype, "top_k": args.top_k, "batch_tokens": args.batch_tokens}
+    if ranks.mesh is None:
+        return load_mask_filler(args.model, encoder, device=args.device, **options)
+    return load_parallel_mask_filler(args.model, ranks.mesh, encoder, **options)
 
 
 def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | None:
@@ -102,7 +132,7 @@ def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | 
 
 def _bar_options() -> dict[str, Any]:
     """A progress bar on a terminal, for what takes more than two seconds; it is gone when it is done."""
-    return {"disable": not sys.stderr.isatty(), "delay": 2, "leave": False}
+    return {"disable": not (_is_first() and sys.stderr.isatty()), "delay": 2, "leave": False}
 
 
 def _texts(args: argparse.Namespace) -> Iterator[list[Text]]:

@@ -14,12 +14,18 @@ from torch import Tensor
 
 from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model, load_model
+from megatron_bert.checkpoint.shards import load_tensor_parallel
 from megatron_bert.data.tokenization import MASK_SPELLING, MegatronBertTokenizer, load_tokenizer
 from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device, choose_dtype
 from megatron_bert.inference.lines import Text, texts_of_arguments
+from megatron_bert.inference.vocabulary import most_probable
 from megatron_bert.model import MegatronBertForMaskedLM
+from megatron_bert.parallel.launch import agreed, local_device
+from megatron_bert.parallel.mesh import ParallelMesh
+from megatron_bert.parallel.region import TensorRegion
 
+_REQUIRED = ("cls.predictions.transform.",)  # weights without which no mask can be filled
 _PROJECTED_TOGETHER = 1024  # masks; bounds the logits to this many rows of the vocabulary
 
 
@@ -88,6 +94,9 @@ class MaskFiller:
 
     Each mask is predicted with the text's other masks masked. The vocabulary's padding rows (beyond the tokenizer)
     take no part: they are never predicted and have no share in the probabilities.
+
+    ``region``: the ranks over which the model is spread. All of them are given the same texts, and give the same
+    answers.
     """
 
     def __init__(
@@ -97,10 +106,11 @@ class MaskFiller:
         *,
         top_k: int = 5,
         batch_tokens: int = 8192,
+        region: TensorRegion | None = None,
     ) -> None:
         check_top_k(top_k, encoder)
         self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
-        self.top_k, self.batch_tokens = top_k, batch_tokens
+        self.top_k, self.batch_tokens, self.region = top_k, batch_tokens, region
         self._token_strs: dict[int, str] = {}
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
@@ -141,15 +151,16 @@ class MaskFiller:
         states_MD = self._states_at_masks(batch)
         scores, tokens = [], []
         for block_MD in torch.split(states_MD, _PROJECTED_TOGETHER):
-            logits_MV = self.model.cls(block_MD)[:, : self.encoder.num_tokens].float()
-            best = logits_MV.softmax(dim=-1).topk(self.top_k, dim=-1)
-            if not best.values.isfinite().all():
+            best_scores, best_tokens = most_probable(
+                self.model.cls(block_MD), self.top_k, num_tokens=self.encoder.num_tokens, region=self.region
+            )
+            if not best_scores.isfinite().all():
                 raise UserError(
                     f"the model's scores are not numbers in {str(self.model.dtype).removeprefix('torch.')}: "
                     "try --dtype float32; if it stays so, the weights are damaged"
                 )
-            scores += best.values.tolist()
-            tokens += best.indices.tolist()
+            scores += best_scores.tolist()
+            tokens += best_tokens.tolist()
         candidates = iter(zip(scores, tokens, strict=True))
         return [[self._name(text, at, *next(candidates)) for at in text.mask_positions] for text in batch]
 
@@ -212,14 +223,33 @@ def load_mask_filler(
     on = choose_device(device)
     encoder = encoder or load_encoder(path_or_name)
     check_top_k(top_k, encoder)
-    model = load_model(
-        MegatronBertForMaskedLM,
-        path_or_name,
-        dtype=choose_dtype(dtype, on),
-        required=("cls.predictions.transform.",),
-    )
+    model = load_model(MegatronBertForMaskedLM, path_or_name, dtype=choose_dtype(dtype, on), required=_REQUIRED)
     model.to(on)  # type: ignore[arg-type]
     return MaskFiller(model, encoder, top_k=top_k, batch_tokens=batch_tokens)
+
+
+def load_parallel_mask_filler(
+    path_or_name: str | os.PathLike[str],
+    mesh: ParallelMesh,
+    encoder: MaskedTextEncoder | None = None,
+    *,
+    dtype: str = "auto",
+    top_k: int = 5,
+    batch_tokens: int = 8192,
+) -> MaskFiller:
+    """As ``load_mask_filler``, on the tensor-parallel ranks of ``mesh``, all of which have to call it: each reads its
+    own part of the weights, and none ever holds the others'.
+
+    Raises ``SharedError`` on every rank, for what ``load_mask_filler`` finds on any, for a model that cannot be split
+    over so many, and for ranks that have another model or number type than the first.
+    """
+    on = local_device(mesh.device_mesh.device_type)
+    encoder = encoder or agreed(lambda: load_encoder(path_or_name))
+    agreed(lambda: check_top_k(top_k, encoder))
+    model = load_tensor_parallel(
+        MegatronBertForMaskedLM, path_or_name, mesh, device=on, dtype=choose_dtype(dtype, on), required=_REQUIRED
+    )
+    return MaskFiller(model, encoder, top_k=top_k, batch_tokens=batch_tokens, region=mesh.region)
 
 
 def check_top_k(top_k: int, encoder: MaskedTextEncoder) -> None:

@@ -14,7 +14,16 @@ import torch.distributed as dist
 
 from megatron_bert.errors import LostProcess, SharedError, UserError
 
-__all__ = ["agreed", "check_agreement", "exchange", "is_launched", "joined_processes", "local_device", "ranks_of", "told"]
+__all__ = [
+    "agreed",
+    "check_agreement",
+    "exchange",
+    "is_launched",
+    "joined_processes",
+    "local_device",
+    "ranks_of",
+    "told",
+]
 
 Result = TypeVar("Result")
 
@@ -117,8 +126,9 @@ def agreed(function: Callable[[], Result]) -> Result:
 
 def told(error: UserError | OSError) -> str:
     """What to tell the other ranks of an error."""
-    is_of_file = isinstance(error, OSError) and error.filename
-    return f"{error.filename}: {error.strerror}" if is_of_file else str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def ranks_of(ranks: list[int]) -> str:
