@@ -141,7 +141,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(file: Path) -> list[str]:
-    """The names of the weight files that an index, ``*.index.json``, names. Raises ``UserError`` where there are none."""
+    """The weight files that an index, ``*.index.json``, names. Raises ``UserError`` where it names none."""
     weight_map = _read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file} names no weight files (weight_map)")
