@@ -44,9 +44,9 @@ def losses(run: Path) -> list[float]:
 
 def test_the_chain_learns(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(
-        prepared, "learn", "training.steps=150", "training.warmup_steps=10", "training.batch_samples=16",
+        prepared, "learn", "training.steps=200", "training.warmup_steps=10", "training.batch_samples=16",
         "optimizer.learning_rate=3e-3", "objective.max_masked_words=1", "model.num_hidden_layers=2",
-        "runtime.evaluate_every_steps=150",
+        "runtime.evaluate_every_steps=200",
     )  # fmt: skip
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["model"] == str(run / "model")

@@ -302,9 +302,9 @@ def test_a_disk_that_is_full_for_a_while(
 ) -> None:
     write, folders = writer_module.write_tensors, []
 
-    def sometimes(folder: Path, tensors: dict[str, Tensor]) -> None:
+    def sometimes(folder: Path, tensors: dict[str, Tensor], group: object) -> None:
         folders.append(folder)
-        (no_room if len(folders) in (2, 3) else write)(folder, tensors)
+        (no_room if len(folders) in (2, 3) else write)(folder, tensors, group)
 
     monkeypatch.setattr(writer_module, "write_tensors", sometimes)
     output = run(prepared, "fuller")

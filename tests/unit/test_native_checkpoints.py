@@ -92,7 +92,7 @@ def test_a_checkpoint_is_of_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The tensors change while they are being written."""
     changed, write_them = threading.Event(), writer_module.write_tensors
 
-    def late(folder: Path, copied: dict[str, Tensor]) -> None:
+    def late(folder: Path, copied: dict[str, Tensor], group: object) -> None:
         assert changed.wait(10)
         write_them(folder, copied)
 

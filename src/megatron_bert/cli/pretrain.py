@@ -1,12 +1,14 @@
 """Train a model from a recipe. The run's folder gets metrics.jsonl, the resolved recipe.yaml, checkpoints/ and model/.
 
-The same command goes on with a run that was stopped or killed.
+The same command goes on with a run that was stopped or killed. Under torchrun, all processes share the run as the
+recipe's `mesh` says: torchrun --nproc-per-node 8 -m megatron_bert pretrain RECIPE.yaml --set mesh.tensor=2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar, and it is ours
     outcome = pretrain(configuration, overwrite=args.overwrite, allow=args.allow, progress=not args.json)
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first one speaks
+        return 0
     if args.json:
         record = {
             "step": outcome.step,

@@ -1,7 +1,7 @@
 """A pretraining run's configuration: one YAML file. What changes the result lies apart from what must not.
 
-`model`, `data`, `objective`, `optimizer` and `training` decide the trained weights. `runtime` only decides how they are
-computed: with dropout off, any two settings of it give the same losses and weights within rounding.
+`model`, `data`, `objective`, `optimizer` and `training` decide the trained weights. `runtime` and `mesh` only decide
+how they are computed: with dropout off, any two settings of them give the same losses and weights within rounding.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_bert.errors import UserError
 __all__ = [
     "SIZES",
     "DataSection",
+    "MeshSection",
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
@@ -191,6 +192,23 @@ class RuntimeSection(_Section):
     stop_after_skipped_steps: int = Field(10, gt=0)  # in a row, for a loss or gradient that is not finite
 
 
+class MeshSection(_Section):
+    """How the processes that `torchrun` started share the run; never what comes out."""
+
+    tensor: int = Field(1, gt=0)  # tensor-parallel degree: processes that share a sample and each layer's matrices
+    sequence_parallel: bool = False  # between those matrices, each of them holds a part of the tokens
+    shard: int | None = Field(None, gt=0)  # data-parallel ranks that share weights and states; default: all; 1: none
+    keep_layers: bool = False  # put together once a pass instead of twice: more memory, less traffic
+    timeout_seconds: float = Field(600, gt=0)  # a process that is waited for longer ends the run
+
+    @model_validator(mode="after")
+    def _sequence_parallel_needs_ranks(self) -> Self:
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("sequence_parallel splits tokens over tensor-parallel processes: give tensor, or leave it "
+                             "out")  # fmt: skip
+        return self
+
+
 class PretrainConfiguration(_Section):
     """A run. Every key of a recipe is a field here or below."""
 
@@ -201,6 +219,7 @@ class PretrainConfiguration(_Section):
     optimizer: OptimizerSection
     training: TrainingSection
     runtime: RuntimeSection = RuntimeSection()
+    mesh: MeshSection = MeshSection()
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:

@@ -24,10 +24,8 @@ from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertForPreTraining, attention, layers, linear
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
-from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import materialize
 from megatron_bert.parallel.mesh import ParallelMesh
-from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.parallel.region import local_part
 from megatron_bert.planning.communication import Axis
 from megatron_bert.planning.counting import CollectiveCounter, DryRun, MemoryCounter
@@ -100,24 +98,17 @@ def _objective(job: Job, layout: Layout, mesh: ParallelMesh) -> Objective:
     with torch.device("meta"):
         model = MegatronBertForPreTraining(job.config).train()
     _keep_what_a_gpu_keeps(model)
-    objective = Objective(model, _CPU)
-
-    def prepare(model: Any) -> None:
-        nonlocal objective
-        objective = build_objective(
-            model,
-            _CPU,
-            precision="bfloat16",
-            rows=layout.micro_rows,
-            row_tokens=job.row_tokens,
-            predicted_share=job.predicted_share,
-            recompute=layout.recompute,
-        )
-        fuse_projections(model)
-
-    parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=torch.bfloat16)
-    if layout.tensor > 1:
-        objective.token_losses = token_losses_on(mesh.region)
+    objective = build_objective(
+        model,
+        _CPU,
+        precision="bfloat16",
+        rows=layout.micro_rows,
+        row_tokens=job.row_tokens,
+        predicted_share=job.predicted_share,
+        recompute=layout.recompute,
+        mesh=mesh,
+    )
+    fuse_projections(model)
     return objective
 
 

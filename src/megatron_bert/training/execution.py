@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from megatron_bert.parallel.loss import token_losses_on
+from megatron_bert.parallel.mesh import ParallelMesh
+from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.training.microbatch import FixedShapes
-from megatron_bert.training.objective import Objective, token_losses
+from megatron_bert.training.objective import Objective, TokenLosses, token_losses
 
 __all__ = ["Recompute", "build_objective", "fuse_projections", "recompute_activations", "should_compile"]
 
@@ -36,26 +39,47 @@ def build_objective(
     predicted_share: float,
     recompute: Recompute = "none",
     compiled: bool = False,
+    mesh: ParallelMesh | None = None,
+    keeps_layers: bool = False,
 ) -> Objective:
-    """The objective of a model that is on `device` already, ready to be trained.
+    """The objective of a model, ready to be trained: on `device` already, or on the meta device and given memory there
+    afterwards (see `parallelize`).
 
     Args:
         rows, row_tokens: of the largest micro-batch; with `compiled`, every one is filled up to them.
         predicted_share: of the tokens, those that are expected to be predicted.
+        mesh: spread the model over these ranks.
+        keeps_layers: see `parallelize`.
+
+    Raises:
+        UserError: the model's shape cannot be split so.
     """
-    if precision == "bfloat16":
-        _residuals_in(torch.bfloat16, model)
-    if device.type == "cuda":
-        fuse_projections(model)
-    recompute_activations(model, "selective" if recompute == "selective" else "none")
-    if compiled:
-        _compile_layers(model, together=1 if recompute == "full" else _LAYERS_TOGETHER)
-    recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled
+    is_alone = mesh is None or mesh.device_mesh.size() == 1
+    together = _LAYERS_TOGETHER if is_alone and recompute != "full" else 1
+
+    def prepare(model: Any) -> None:
+        if precision == "bfloat16":
+            _residuals_in(torch.bfloat16, model)
+        if device.type == "cuda":
+            fuse_projections(model)
+        recompute_activations(model, "selective" if recompute == "selective" else "none")
+        if compiled:
+            _compile_layers(model, together)
+        recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled
+
+    computes: TokenLosses = torch.compile(token_losses, dynamic=False) if compiled else token_losses
+    if mesh is None:
+        prepare(model)
+    else:
+        parameter_dtype = torch.bfloat16 if precision == "bfloat16" else None
+        parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=parameter_dtype, keeps_layers=keeps_layers)
+        if mesh.tensor_degree > 1:
+            computes = token_losses_on(mesh.region)
     return Objective(
         model,
         device,
         precision,
-        token_losses=torch.compile(token_losses, dynamic=False) if compiled else token_losses,
+        token_losses=computes,
         shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
     )
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_bert.checkpoint.native import load_model_weights, newest_good, read_state, step_of
@@ -12,21 +20,68 @@ from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig
+from megatron_bert.parallel.launch import agreed
+from megatron_bert.parallel.materialize import materialize, parameter_names, whole_parameters
 from megatron_bert.training.network import empty_network
+from megatron_bert.training.ranks import ALONE, Ranks
 
 __all__ = ["convert_run", "write_model_folder"]
 
+_FILE_BYTES = "5GB"
 
-def write_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer's files to `folder`, whole or not at all; a folder that
-    is there already is replaced.
+
+def write_model_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks = ALONE
+) -> None:
+    """Writes config.json, the weights as safetensors and the tokenizer's files to `folder`, whole or not at all; a
+    folder that is there already is replaced. All ranks have to call it; the first one writes, and holds no more than
+    one file's weights (5 GB) beside its own parts.
 
     Raises:
         OSError: what the file system says.
     """
-    with written_aside(folder, folder=True) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    weights, problem = whole_parameters(model), None
+    if ranks.is_first:
+        try:
+            with written_aside(folder, folder=True) as aside:
+                _write_weights(model, weights, aside)
+                _write_configuration(model, aside)
+                tokenizer.save_pretrained(aside)
+        except OSError as error:
+            problem = error
+    for _ in weights:  # the other ranks take part, and whatever happened nobody waits for anybody
+        pass
+    agreed(lambda: _raise(problem))
+
+
+def _write_weights(model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """In files as Transformers splits and names them."""
+    sizes = {names[0]: parameter.numel() * parameter.element_size() for parameter, names in parameter_names(model)}
+    plan = split_state_dict_into_shards_factory(
+        sizes,  # they stand for the tensors, which nobody has
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_FILE_BYTES,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file(dict(islice(weights, len(names))), folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_configuration(model: PreTrainedModel, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _raise(problem: OSError | None) -> None:
+    if problem:
+        raise problem
 
 
 def convert_run(run: Path, folder: Path, *, tokenizer: Path | None = None, overwrite: bool = False) -> int:
@@ -56,6 +111,7 @@ def convert_run(run: Path, folder: Path, *, tokenizer: Path | None = None, overw
     loaded = _tokenizer(tokenizer or Path(state["recipe"]["data"]["tokenizer"]), state["identity"]["data.tokenizer"])
     config = MegatronBertConfig.from_dict(state["config"])
     network = empty_network(config, causal=state["recipe"]["objective"]["kind"] == "causal")
+    materialize(network, torch.device("cpu"))
     network.load_state_dict(load_model_weights(checkpoint))
     write_model_folder(network, loaded, folder)
     return step_of(checkpoint)

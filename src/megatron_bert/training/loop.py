@@ -11,6 +11,7 @@ from megatron_bert.data.batches import Batch, StepBatches
 from megatron_bert.training.configuration import PretrainConfiguration
 from megatron_bert.training.metrics import MetricsSink
 from megatron_bert.training.objective import Objective
+from megatron_bert.training.ranks import ALONE, Ranks
 from megatron_bert.training.schedule import learning_rate, set_learning_rate
 from megatron_bert.training.skipped import NotFinite, SkippedSteps
 from megatron_bert.training.state import TrainState, Window
@@ -19,6 +20,10 @@ from megatron_bert.training.streams import streams_kept
 from megatron_bert.training.throughput import Throughput
 
 __all__ = ["Run", "evaluate", "train"]
+
+
+def _nowhere(what: str) -> None:
+    pass
 
 
 @dataclass
@@ -33,6 +38,8 @@ class Run:
         validation: makes a fresh pass over the held-out samples, or None.
         save: keeps the state as it is when called.
         stop_requested: whether somebody wants the run to stop.
+        ranks: the processes that share it.
+        at: is told what the loop goes on to.
     """
 
     configuration: PretrainConfiguration
@@ -43,6 +50,8 @@ class Run:
     validation: Callable[[], Iterator[Batch]] | None
     save: Callable[[], None]
     stop_requested: Callable[[], bool]
+    ranks: Ranks = ALONE
+    at: Callable[[str], None] = _nowhere
 
 
 def train(run: Run, sink: MetricsSink) -> None:
@@ -86,10 +95,14 @@ def _step(run: Run, skipped: SkippedSteps) -> tuple[float, Tensor]:
     state, training, optimizer = run.state, run.configuration.training, run.configuration.optimizer
     rate = learning_rate(state.step, optimizer, training)
     set_learning_rate(state.optimizer, rate)
+    run.at(f"reading the samples of step {state.step + 1}")
     with run.throughput.waiting_for_data():
         batches = next(run.steps)
     micro_batches = [run.objective.micro_batch(batch) for batch in batches.micro_batches]
-    sums, norm, applied = train_step(run.objective, state.optimizer, micro_batches, clip_norm=optimizer.clip_norm)
+    run.at(f"computing step {state.step + 1}")
+    sums, norm, applied = train_step(
+        run.objective, state.optimizer, micro_batches, clip_norm=optimizer.clip_norm, ranks=run.ranks
+    )
     state.step, state.position = state.step + 1, batches.next
     state.window.sums = state.window.sums.plus(sums)
     skipped.add(state.step, applied, batches.keys)
@@ -115,6 +128,7 @@ def evaluate(run: Run) -> dict[str, float]:
     state.model.train(False)
     with streams_kept(state.device):
         for batch in run.validation():
-            sums = sums.plus(evaluate_batch(run.objective, run.objective.micro_batch(batch)))
+            run.at(f"validation after step {state.step}")
+            sums = sums.plus(evaluate_batch(run.objective, run.objective.micro_batch(batch), run.ranks))
     state.model.train()
     return sums.means()

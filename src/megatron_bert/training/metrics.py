@@ -20,6 +20,7 @@ class MetricsSink:
     """Writes records to `file` (one JSON object a line, at once) and shows the newest beside a bar.
 
     Args:
+        file: None: nothing is kept or shown; so on every process of a run but the first.
         first_step: of the run where it goes on; records beyond it are removed. 0: the file begins empty.
         progress: show the bar where standard error is a terminal.
         tensorboard: folder for TensorBoard's event files; None: none are written.
@@ -30,18 +31,17 @@ class MetricsSink:
 
     def __init__(
         self,
-        file: Path,
+        file: Path | None,
         num_steps: int,
         *,
         progress: bool,
         first_step: int = 0,
         tensorboard: Path | None = None,
     ) -> None:
-        self._events = _event_writer(tensorboard, first_step) if tensorboard else None
-        self._records = RecordFile(file, first_step)
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, unit="step", disable=None if progress else True, dynamic_ncols=True
-        )
+        self._events = _event_writer(tensorboard, first_step) if tensorboard and file else None
+        self._records = RecordFile(file, first_step) if file else None
+        hidden = None if progress and file else True  # None: where there is no terminal
+        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +52,8 @@ class MetricsSink:
         self._bar.close()
         if self._events:
             self._events.close()
-        self._records.close()
+        if self._records:
+            self._records.close()
 
     def step_done(self) -> None:
         """Moves the bar, which knows the time left."""
@@ -68,20 +69,25 @@ class MetricsSink:
 
     def validation(self, step: int, record: dict[str, float]) -> None:
         """Numbers over the held-out documents after `step` steps."""
+        if not self._records:
+            return
         self._write("validation", step, record)
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
         tqdm.write(f"step {step}: validation {values}", file=sys.stderr)
 
     def skipped(self, step: int, samples: Sequence[object]) -> None:
         """The samples of a step that was not applied."""
-        self._records.append({"kind": "skipped", "step": step, "samples": samples})
+        if self._records:
+            self._records.append({"kind": "skipped", "step": step, "samples": samples})
 
     def sync(self) -> None:
         """Waits until every record is on the disk, or raises the OSError that keeps it from there."""
-        self._records.sync()
+        if self._records:
+            self._records.sync()
 
     def _write(self, kind: str, step: int, record: dict[str, float]) -> None:
-        self._records.append({"kind": kind, "step": step, **record})
+        if self._records:
+            self._records.append({"kind": kind, "step": step, **record})
         if self._events:
             for name, value in record.items():
                 self._events.add_scalar(f"{kind}/{name}", value, step)

@@ -16,7 +16,7 @@ from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
 
-__all__ = ["FixedShapes", "MicroBatch"]
+__all__ = ["FixedShapes", "MicroBatch", "moved"]
 
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What a padded batch has, and what its padding holds.
@@ -162,20 +162,20 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> Self:
         """A copy on `device`; the host does not wait for it."""
-        inputs = {name: _moved(value, device) for name, value in self.inputs.items()}
+        inputs = {name: moved(value, device) for name, value in self.inputs.items()}
         layout = self.layout
         if isinstance(layout, FixedLayout):
             layout = FixedLayout(layout.layout, inputs["cu_seq_lens_q"], layout.max_length)
         elif layout is not None:
-            indices = None if layout.indices_T is None else _moved(layout.indices_T, device)
+            indices = None if layout.indices_T is None else moved(layout.indices_T, device)
             layout = replace(layout, device=device, indices_T=indices)
         return replace(
             self,
             inputs=inputs,
             layout=layout,
-            positions=_moved(self.positions, device),
-            targets=_moved(self.targets, device),
-            pair_labels=None if self.pair_labels is None else _moved(self.pair_labels, device),
+            positions=moved(self.positions, device),
+            targets=moved(self.targets, device),
+            pair_labels=None if self.pair_labels is None else moved(self.pair_labels, device),
         )
 
 
@@ -216,7 +216,7 @@ def _filled_up(batch: Batch, shapes: FixedShapes) -> Batch:
     return filled
 
 
-def _moved(value: Tensor, device: torch.device) -> Tensor:
+def moved(value: Tensor, device: torch.device) -> Tensor:
     """`value` on `device`, through page-locked memory where the device has its own, so that the host need not wait."""
     if device.type == "cuda" and not value.is_pinned():
         value = value.pin_memory()

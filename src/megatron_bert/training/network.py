@@ -9,42 +9,60 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bert.checkpoint.folder import check_vocabulary
-from megatron_bert.checkpoint.load import check_model, load_model
+from megatron_bert.checkpoint.load import check_model
+from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForCausalLM, MegatronBertForPreTraining
+from megatron_bert.parallel.materialize import initialize
 from megatron_bert.training.configuration import ModelSection, PretrainConfiguration
 from megatron_bert.training.initialization import scale_residual_projections
 
-__all__ = ["Network", "build_network", "empty_network"]
+__all__ = ["Network", "empty_network", "fill_network", "network_config"]
 
 log = logging.getLogger(__name__)
 
 Network = MegatronBertForPreTraining | MegatronBertForCausalLM
 
 
-def build_network(configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase) -> Network:
-    """The model with its first weights, on the CPU, float32, in training mode. Draws from PyTorch's random stream.
+def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
+    """The shape that the recipe gives, or the checkpoint to start from.
 
     Raises:
-        UserError: the checkpoint to start from is missing, damaged, of another family, has no room for the tokenizer's
-            vocabulary or for rows of `data.row_tokens`.
+        UserError: that checkpoint is missing, damaged, of another family, has no room for the tokenizer's vocabulary or
+            for rows of `data.row_tokens`.
     """
     section = configuration.model
-    if section.start_from is not None:
-        network = _started(configuration, section.start_from, tokenizer)
-    else:
-        network = empty_network(_fresh_config(section, tokenizer), causal=_is_causal(configuration))
-        scale_residual_projections(network, network.config.num_hidden_layers)
+    if section.start_from is None:
+        return _fresh_config(section, tokenizer)
+    return _config_of(section.start_from, configuration, tokenizer)
+
+
+def empty_network(config: MegatronBertConfig, *, causal: bool) -> Network:
+    """A model of this shape in training mode, on the meta device: names and shapes, no values."""
+    network: Network
+    with torch.device("meta"):
+        if causal:
+            config.is_decoder = True
+            network = MegatronBertForCausalLM(config)
+        else:
+            network = MegatronBertForPreTraining(config)
     network.train()
     return network
 
 
-def empty_network(config: MegatronBertConfig, *, causal: bool) -> Network:
-    """A model of this shape, its weights drawn from the model's own N(0, initializer_range)."""
-    if causal:
-        config.is_decoder = True
-        return MegatronBertForCausalLM(config)
-    return MegatronBertForPreTraining(config)
+def fill_network(network: Network, start_from: Path | None, seed: int) -> None:
+    """Gives first values to a network that has memory: those of the checkpoint to start from, or drawn from `seed`.
+    What a checkpoint lacks (a pair head, say) is drawn and said. The same values for any number of ranks.
+
+    Raises:
+        UserError: the checkpoint's weights have other shapes.
+    """
+    if start_from is not None:
+        load_shards(network, start_from, seed=seed)
+        log.info("starts from %s", start_from)
+    else:
+        initialize(network, seed)
+        scale_residual_projections(network, network.config.num_hidden_layers)
 
 
 def _fresh_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
@@ -66,8 +84,10 @@ def _fresh_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _started(configuration: PretrainConfiguration, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Network:
-    """The checkpoint's weights; dropout is the recipe's. What it lacks (a pair head, say) is initialised and said."""
+def _config_of(
+    folder: Path, configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase
+) -> MegatronBertConfig:
+    """The checkpoint's shape; dropout is the recipe's."""
     section = configuration.model
     if not folder.is_dir():
         raise UserError(f"model.start_from {folder}: no such folder")
@@ -78,19 +98,7 @@ def _started(configuration: PretrainConfiguration, folder: Path, tokenizer: PreT
             f"data.row_tokens {configuration.data.row_tokens} is more than the {config.max_position_embeddings} "
             f"positions of model.start_from {folder}"
         )
-    causal = _is_causal(configuration)
-    model_class: type[Network] = MegatronBertForCausalLM if causal else MegatronBertForPreTraining
-    network: Network = load_model(
-        model_class,
-        folder,
-        dtype=torch.float32,
-        hidden_dropout_prob=section.hidden_dropout_prob,
-        attention_probs_dropout_prob=section.attention_probs_dropout_prob,
-        is_decoder=causal,
-    )
-    log.info("starts from %s", folder)
-    return network
-
-
-def _is_causal(configuration: PretrainConfiguration) -> bool:
-    return configuration.objective.kind == "causal"
+    config.hidden_dropout_prob = section.hidden_dropout_prob
+    config.attention_probs_dropout_prob = section.attention_probs_dropout_prob
+    config.is_decoder = configuration.objective.kind == "causal"
+    return config

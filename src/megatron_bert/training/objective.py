@@ -92,6 +92,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def mean_loss(losses: Losses, num_masked: int, num_pairs: int) -> Tensor:
+def mean_loss(losses: Losses, num_masked: Tensor | int, num_pairs: Tensor | int) -> Tensor:
     """The loss per predicted token plus the pair loss per pair, for the step's global numbers of both."""
-    return losses.masked_lm / max(num_masked, 1) + losses.pair / max(num_pairs, 1)
+    return losses.masked_lm / _at_least_1(num_masked) + losses.pair / _at_least_1(num_pairs)
+
+
+def _at_least_1(number: Tensor | int) -> Tensor | int:
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)

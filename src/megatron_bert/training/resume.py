@@ -12,7 +12,7 @@ from megatron_bert.training.configuration import PretrainConfiguration
 
 __all__ = ["refuse_changes", "run_identity"]
 
-_FREE = ("output", "runtime")  # where a run lies and how it is computed, not what comes out
+_FREE = ("output", "runtime", "mesh")  # where a run lies and how it is computed, not what comes out
 _MAY_CHANGE_OF_MODEL = ("model.hidden_dropout_prob", "model.attention_probs_dropout_prob", "model.initializer_range")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from megatron_bert.checkpoint.tensors import read_tensors, tensor_shapes
 from megatron_bert.checkpoint.writer import Snapshot
 from megatron_bert.data.batches import Position
 from megatron_bert.training.microbatch import FixedShapes
+from megatron_bert.training.ranks import ALONE, Ranks
 from megatron_bert.training.step import Sums
 from megatron_bert.training.streams import random_streams, set_random_streams
 
@@ -92,11 +93,12 @@ class TrainState:
 _COUNTERS = ("step", "skipped", "skipped_in_a_row", "validation")
 
 
-def snapshot(state: TrainState, about: Mapping[str, Any]) -> Snapshot:
+def snapshot(state: TrainState, about: Mapping[str, Any], layout: Sequence[int] = ALONE.layout) -> Snapshot:
     """The state as a checkpoint holds it; the tensors are those in use.
 
     Args:
         about: what else to put in `state.json`: the recipe and what identifies the run.
+        layout: of the processes that share the run; see `Ranks.layout`.
     """
     ties = _ties(state.model)
     record = {name: getattr(state, name) for name in _COUNTERS} | {
@@ -104,14 +106,18 @@ def snapshot(state: TrainState, about: Mapping[str, Any]) -> Snapshot:
         "window": state.window.as_dict(),
         "shapes": asdict(state.shapes) if state.shapes else None,
         "tied": ties,
+        "layout": layout,
         "torch": torch.__version__,
         **about,
     }
     return Snapshot(state.step, _tensors(state, ties), record, random_streams(state.device))
 
 
-def restore(state: TrainState, checkpoint: Path, rank: int = 0) -> None:
+def restore(state: TrainState, checkpoint: Path, ranks: Ranks = ALONE) -> None:
     """Puts the state, its model and optimizer, and this process's random streams to where `snapshot` found them.
+
+    Random streams belong to a layout of processes. Under another one they begin anew, from a seed that is not yet used:
+    dropout goes on with other numbers; weights, states and the order of samples are what they were.
 
     Learning rate, decay and the like are the optimizer's own, not the checkpoint's: they follow from the recipe.
 
@@ -130,7 +136,10 @@ def restore(state: TrainState, checkpoint: Path, rank: int = 0) -> None:
     state.position = Position.of(record["position"])
     state.window = Window.of(record["window"])
     state.shapes = FixedShapes(**record["shapes"]) if record["shapes"] else None
-    set_random_streams(read_streams(checkpoint, rank), state.device)
+    if record["layout"] == ranks.layout:
+        set_random_streams(read_streams(checkpoint, ranks.rank), state.device)
+    else:
+        torch.manual_seed(ranks.stream_seed(torch.initial_seed(), state.step))
 
 
 def _tensors(state: TrainState, ties: Mapping[str, str]) -> dict[str, Tensor]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_bert.training.microbatch import MicroBatch
+from megatron_bert.training.microbatch import MicroBatch, moved
 from megatron_bert.training.objective import Losses, Objective, mean_loss
+from megatron_bert.training.ranks import ALONE, Ranks
 
 __all__ = ["StepResult", "Sums", "evaluate_batch", "train_step"]
+
+_SUMMED = torch.float64  # exact for every number that is counted
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Sums:
     pair_correct: Tensor | float = 0.0
     num_masked: Tensor | int = 0
     num_pairs: Tensor | int = 0
-    num_predicted: int = 0
-    num_tokens: int = 0
-    num_attended_pairs: int = 0
+    num_predicted: Tensor | int = 0
+    num_tokens: Tensor | int = 0
+    num_attended_pairs: Tensor | int = 0
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
@@ -51,6 +54,18 @@ class Sums:
             num_tokens=batch.num_tokens,
             num_attended_pairs=batch.num_attended_pairs,
         )
+
+    def over(self, ranks: Ranks, device: torch.device) -> Sums:
+        """Those of all ranks together, as tensors; one process keeps what it has."""
+        if ranks.mesh is None:
+            return self
+        values = vars(self)
+        counted = torch.tensor([value for value in values.values() if not isinstance(value, Tensor)], dtype=_SUMMED)
+        measured = torch.stack([value.to(_SUMMED) for value in values.values() if isinstance(value, Tensor)])
+        totals = ranks.sum_over_data(torch.cat([moved(counted, device), measured])).unbind()
+        names = [name for name, value in values.items() if not isinstance(value, Tensor)]
+        names += [name for name, value in values.items() if isinstance(value, Tensor)]
+        return Sums(**dict(zip(names, totals, strict=True)))
 
     def where(self, applied: Tensor) -> Sums:
         """These sums, or for a step that was not applied none of its losses; without waiting for the device."""
@@ -96,26 +111,28 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     *,
     clip_norm: float,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
     """Updates the model once, unless the loss or a gradient is not finite. Never waits for the device.
 
-    The gradient is that of the loss per predicted token plus the pair loss per pair over all `micro_batches` together,
-    clipped to `clip_norm` (norm over all parameters). The optimizer is one of PyTorch's fused ones.
+    The gradient is that of the loss per predicted token plus the pair loss per pair over all `micro_batches` of all
+    ranks together, clipped to `clip_norm` (norm over all parameters). The optimizer is one of PyTorch's fused ones.
     """
-    num_masked = sum(batch.num_masked for batch in micro_batches)
-    num_pairs = sum(batch.num_pairs for batch in micro_batches)
-    sums, total = Sums(), torch.zeros((), device=objective.device)
+    num_masked: Tensor | int = sum(batch.num_masked for batch in micro_batches)
+    num_pairs: Tensor | int = sum(batch.num_pairs for batch in micro_batches)
+    device, model = objective.device, objective.model
+    if ranks.mesh is not None:
+        num_masked, num_pairs = ranks.sum_over_data(moved(torch.tensor([num_masked, num_pairs]), device)).unbind()
+    sums, total = Sums(), torch.zeros((), device=device)
     for batch in micro_batches:
-        losses = objective(batch)
+        losses = ranks.call(model, objective, batch)
         loss = mean_loss(losses, num_masked, num_pairs)
         loss.backward()  # type: ignore[no-untyped-call]
         sums, total = sums.plus(Sums.of(losses, batch)), total + loss.detach()
-    norm = nn.utils.get_total_norm(
-        [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
-    )
-    applied = norm.isfinite() & total.isfinite()
+    norm = ranks.complete_gradients(model)
+    applied = norm.isfinite() & ranks.sum_over_data(total).isfinite()
     _update(optimizer, norm, applied, clip_norm)
-    return StepResult(sums.where(applied), norm, applied)
+    return StepResult(sums.over(ranks, device).where(applied), norm, applied)
 
 
 def _update(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, clip_norm: float) -> None:
@@ -135,6 +152,6 @@ def _update(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, cli
 
 
 @torch.no_grad()
-def evaluate_batch(objective: Objective, batch: MicroBatch) -> Sums:
-    """The losses of one batch, for a model in evaluation mode."""
-    return Sums.of(objective(batch), batch)
+def evaluate_batch(objective: Objective, batch: MicroBatch, ranks: Ranks = ALONE) -> Sums:
+    """The losses of one batch of every rank, for a model in evaluation mode."""
+    return Sums.of(ranks.call(objective.model, objective, batch), batch).over(ranks, objective.device)

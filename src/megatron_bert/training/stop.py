@@ -9,7 +9,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-__all__ = ["StopSignals"]
+import torch
+import torch.distributed as dist
+
+__all__ = ["SharedStop", "StopSignals"]
 
 log = logging.getLogger(__name__)
 
@@ -47,3 +50,36 @@ class StopSignals:
             os.kill(self._process, number)
         self.received = signal.Signals(number).name
         log.warning("%s: stopping after this step; once more stops at once", self.received)
+
+
+class SharedStop:
+    """The wish to stop that any process of a run has received, as all of them see it: at the same step.
+
+    Of several processes, asking sends this one's own wish and gives what was sent the time before, so that nobody waits
+    for an answer.
+    """
+
+    def __init__(self, signals: StopSignals, *, alone: bool) -> None:
+        self._signals, self._alone = signals, alone
+        self._sent: tuple[torch.Tensor, Any] | None = None
+        self._received: str | None = None
+
+    @property
+    def received(self) -> str | None:
+        """The signal's name. Waits for what was sent."""
+        if self._alone:
+            return self._signals.received
+        if self._sent:
+            (number, work), self._sent = self._sent, None
+            work.wait()
+            self._received = signal.Signals(int(number)).name if int(number) else None
+        return self._received
+
+    def __call__(self) -> bool:
+        """Whether to stop. All processes have to ask equally often."""
+        received = self.received
+        if not self._alone:
+            own = self._signals.received
+            number = torch.tensor(signal.Signals[own].value if own else 0)
+            self._sent = number, dist.all_reduce(number, op=dist.ReduceOp.MAX, async_op=True)
+        return received is not None

@@ -22,7 +22,7 @@ class Throughput:
     """Turns what the loop saw into rates.
 
     Args:
-        peak: FLOPs a second that the device reaches, of which the model's share is told; None: not told.
+        peak: FLOPs a second that all devices together reach, of which the model's share is told; None: not told.
     """
 
     def __init__(self, config: PreTrainedConfig, device: torch.device, peak: float | None) -> None:
@@ -45,14 +45,14 @@ class Throughput:
             most that tensors took since the run began).
         """
         rates = {
-            "tokens_per_second": sums.num_tokens / seconds,
+            "tokens_per_second": float(sums.num_tokens) / seconds,
             "seconds": seconds,
             "data_waiting_share": min(self._waited_seconds / seconds, 1.0),
         }
         self._waited_seconds = 0.0
         if self._peak is not None:
-            flops = training_flops(self._config, sums.num_tokens, sums.num_attended_pairs, sums.num_predicted)
-            rates["mfu"] = flops / seconds / self._peak
+            numbers = (int(sums.num_tokens), int(sums.num_attended_pairs), int(sums.num_predicted))
+            rates["mfu"] = training_flops(self._config, *numbers) / seconds / self._peak
         if self._device.type == "cuda":
             rates["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         return rates

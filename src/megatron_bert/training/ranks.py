@@ -1,0 +1,161 @@
+"""The processes that share a run, as the trainer sees them. One process is the simplest case, and sends nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_bert.errors import UserError
+from megatron_bert.parallel.data import call_within
+from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
+from megatron_bert.parallel.launch import agreed, exchange
+from megatron_bert.parallel.mesh import ParallelMesh
+from megatron_bert.parallel.streams import key
+from megatron_bert.parallel.watch import Watch
+from megatron_bert.training.configuration import MeshSection
+
+__all__ = ["ALONE", "Ranks"]
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a step needs to know of the other processes, and says to them.
+
+    Attributes:
+        mesh: how they are laid out; None: this process is alone.
+    """
+
+    mesh: ParallelMesh | None = None
+
+    @classmethod
+    def of(cls, section: MeshSection, device: torch.device) -> Ranks:
+        """All processes that have joined.
+
+        Raises:
+            UserError: they cannot be laid out as the recipe says.
+        """
+        num_processes = dist.get_world_size() if dist.is_initialized() else 1
+        groups, rest = divmod(num_processes, section.tensor)
+        if rest or not groups:
+            raise UserError(
+                f"mesh.tensor {section.tensor} with {num_processes} process{'es' if num_processes > 1 else ''}: start "
+                f"a multiple of {section.tensor} (torchrun --nproc-per-node {section.tensor} -m megatron_bert ...)"
+            )
+        shard = section.shard or groups
+        if groups % shard:
+            raise UserError(
+                f"mesh.shard {section.shard} with {groups} data-parallel ranks ({num_processes} processes, mesh.tensor "
+                f"{section.tensor}): their number has to be a multiple of it"
+            )
+        if not dist.is_initialized():
+            return cls()
+        return cls(
+            ParallelMesh.of(
+                device_type=device.type,
+                tensor=section.tensor,
+                replicate=groups // shard,
+                sequence_parallel=section.sequence_parallel,
+            )
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what only one has to: records, the bar, the model's folder."""
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        """All of them."""
+        return 1 if self.mesh is None else dist.get_world_size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a step's samples this process has."""
+        return 0 if self.mesh is None else self.mesh.data_rank
+
+    @property
+    def data_degree(self) -> int:
+        """Parts that a step's samples are dealt out to."""
+        return 1 if self.mesh is None else self.mesh.data_degree
+
+    @property
+    def layout(self) -> list[int]:
+        """The mesh as numbers, for a checkpoint: replicas, shards, tensor-parallel degree, sequence parallelism."""
+        if self.mesh is None:
+            return [1, 1, 1, 0]
+        grid = self.mesh.device_mesh
+        return [*(grid.size(axis) for axis in range(grid.ndim)), int(self.mesh.sequence_parallel)]
+
+    def stream_seed(self, *parts: int) -> int:
+        """What to seed PyTorch's random stream with; see `parallel.streams`."""
+        return key(*parts, self.data_rank)
+
+    def from_first(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives on the first process, everywhere; it is called there only.
+
+        Raises:
+            SharedError: on every rank, where it raises `UserError` or `OSError`.
+        """
+        result: Any = agreed(lambda: function() if self.is_first else None)
+        first: Result = exchange(result)[0]
+        return first
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the parts of a step, in place; the same on every rank."""
+        if self.mesh is not None:
+            dist.all_reduce(values, group=self.mesh.data.get_group())
+        return values
+
+    def complete_gradients(self, model: nn.Module) -> Tensor:
+        """What is left to do after the last backward pass of a step; the norm of all gradients of all ranks together,
+        0-dimensional, the same on every rank.
+        """
+        if self.mesh is not None:
+            sum_sequence_gradients(model, self.mesh.region)
+            return gradient_norm(model.parameters())
+        return nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
+
+    def call(self, model: Any, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(*args)`, which uses parts of `model`."""
+        return call_within(model, function, *args)
+
+    @contextmanager
+    def watched(self, patience_seconds: float) -> Iterator[Callable[[str], None]]:
+        """Within the block, a process that hangs is named and the run ended; takes what this one goes on to."""
+        if self.mesh is None:
+            yield lambda what: None
+            return
+        with Watch(patience_seconds, log.critical) as watch:
+            yield watch.at
+
+    @contextmanager
+    def group_for_writing(self, timeout_seconds: float) -> Iterator[dist.ProcessGroup | None]:
+        """A group of all processes for a thread that writes checkpoints: its messages never mix with the training's."""
+        if self.mesh is None:
+            yield None
+            return
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        try:
+            yield group
+        finally:
+            dist.destroy_process_group(group)
+
+
+ALONE = Ranks()
