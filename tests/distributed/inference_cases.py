@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.distributed import DistributedConfig
 
 import megatron_bert
 from megatron_bert.checkpoint import shards
@@ -130,10 +131,11 @@ def hears_the_first_rank() -> list[Any]:
     return heard
 
 
-def transformers_plan_equals_its_own_class(folder: Path, name: str) -> None:
+def transformers_plan_equals_its_own_class(folder: Path, name: str, *, as_configuration: bool) -> None:
     """Our class, split by Transformers as our plan says, against Transformers' class in one piece."""
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    ours = getattr(megatron_bert, name).from_pretrained(folder, **_split_by_transformers()).eval()
+    plan = {"distributed_config": DistributedConfig(tp_plan="auto")} if as_configuration else {"tp_plan": "auto"}
+    ours = getattr(megatron_bert, name).from_pretrained(folder, **plan).eval()
     reference = getattr(transformers, name).from_pretrained(folder).eval()
     split = [name for name, parameter in ours.named_parameters() if local_part(parameter).shape != parameter.shape]
     assert "bert.embeddings.word_embeddings.weight" in split
@@ -150,13 +152,3 @@ def transformers_plan_equals_its_own_class(folder: Path, name: str) -> None:
     outputs[1][:, : ours.num_tokens].sum().backward()
     weight = "bert.encoder.layer.0.intermediate.dense.weight"
     assert_close(*(whole(model.get_parameter(weight).grad) for model in (ours, reference)), "gradient")
-
-
-def _split_by_transformers() -> dict[str, Any]:
-    """How this version of Transformers is asked for its tensor parallelism."""
-    try:
-        from transformers.distributed import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    except (ImportError, TypeError):
-        return {"tp_plan": "auto"}

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +101,12 @@ class TestRefused:
         write_tiny_model(tmp_path, vocab_size=129)
         assert "; pad the vocabulary to a multiple of 256; it fits 1 (" in self.message(world, 2 * [tmp_path])
 
+    def test_damaged_weights(self, world, folder, tmp_path):
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes()[: 10_000 if file.suffix == ".safetensors" else None])
+        assert "model.safetensors is truncated or damaged" in self.message(world, 2 * [tmp_path])
+        assert self.message(world, [folder, tmp_path]).startswith(f"rank 1: {tmp_path}")
+
     def test_a_folder_that_one_rank_lacks(self, world, folder):
         missing = folder / "nowhere"
         assert self.message(world, [folder, missing]) == f"rank 1: {missing}: no such file or folder"
@@ -127,37 +132,29 @@ def test_texts_and_errors_of_the_first_rank_arrive_everywhere(world):
     assert world(2).run(cases.hears_the_first_rank) == 2 * [heard]
 
 
-def launched(*words, **options):
-    """The command under torchrun, on two processes."""
+def test_under_torchrun_one_process_reads_prints_and_complains(folder, capsys):
+    """A line is answered before the next is there; one that cannot be ends all of them, with one line."""
+    options = ["fill-mask", "--model", str(folder), "--device", "cpu", "--dtype", "float32", "--json"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "megatron_bert", "fill-mask", "--device", "cpu", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
-
-
-class TestUnderTorchrun:
-    def test_one_process_reads_and_prints(self, folder, capsys):
-        options = ("--model", folder, "--dtype", "float32", "--json")
-        result = launched(*options, input="\n".join(TEXTS))
-        assert result.returncode == 0, result.stderr
-        ours = [json.loads(line) for line in result.stdout.splitlines()]
-        assert main(["fill-mask", "--device", "cpu", *map(str, options), *TEXTS]) == 0
-        alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [line["text"] for line in ours] == TEXTS
-        for our, their in zip(ours, alone, strict=True):
-            tokens = [
-                [[candidate["token"] for candidate in mask] for mask in line["predictions"]] for line in (our, their)
-            ]
-            assert tokens[0] == tokens[1]
-
-    def test_a_damaged_model_is_one_line(self, folder, tmp_path):
-        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-            (tmp_path / file).write_bytes((folder / file).read_bytes())
-        weights = (folder / "model.safetensors").read_bytes()
-        Path(tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-        result = launched("--model", tmp_path, "the [MASK]")
-        said = [line for line in result.stderr.splitlines() if line.startswith("megatron-bert")]
-        assert len(said) == 1, result.stderr
-        assert "is truncated or damaged" in said[0]
-        assert "exitcode  : 2" in result.stderr  # torchrun's own is 1, whatever a process's
-        assert not result.stdout
+    process = subprocess.Popen(
+        [*command, "-m", "megatron_bert", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(f"{TEXTS[1]}\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    printed, said = process.communicate("no mask in here\n", timeout=120)
+    assert main([*options, TEXTS[1]]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert answer["text"] == alone["text"]
+    for ours, theirs in zip(answer["predictions"], alone["predictions"], strict=True):
+        assert [one["token"] for one in ours] == [one["token"] for one in theirs]
+    assert not printed
+    complaints = [line for line in said.splitlines() if line.startswith("megatron-bert")]
+    assert len(complaints) == 1, said
+    assert "standard input, line 2: no mask" in complaints[0]
+    assert "exitcode  : 2" in said  # torchrun's own is 1, whatever a process's
+    assert process.returncode == 1
