@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def in_the_middle(folder: Path, tmp_path: Path) -> Iterator["subprocess.Popen[st
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_bert", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell lets what it starts in the background ignore SIGINT; as the tests may be.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     text = "".join(json.dumps({"text": text}) + "\n" for text in documents(40) * 200)
     with fifo.open("w") as pipe:

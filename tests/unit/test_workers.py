@@ -2,12 +2,16 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
 
+from megatron_bert.data.reading import Span, read_blocks
 from megatron_bert.data.workers import ordered_map
 from megatron_bert.errors import UserError
 
@@ -65,3 +69,76 @@ def test_closing_ends_the_workers() -> None:
     assert any(map(alive, pids))
     results.close()
     assert not any(map(alive, pids))
+
+
+def interrupt_elsewhere() -> None:
+    """An interrupt that another thread takes: the main one finds it noted, but no call that it waits in is ended. So
+    it also is where a signal comes just before the call.
+    """
+
+    def take() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+
+
+@contextmanager
+def interrupted() -> Iterator[list[float]]:
+    """The block ends by an interrupt, which comes after a second (the time stands in the list), soon after it."""
+    sent: list[float] = []
+    timer = threading.Timer(1, lambda: (sent.append(time.monotonic()), interrupt_elsewhere()))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield sent
+        assert time.monotonic() - sent[0] < 5
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def sleeper() -> Callable[[int], None]:
+    return time.sleep
+
+
+def test_an_interrupt_is_seen_while_workers_work() -> None:
+    with interrupted():
+        list(ordered_map(sleeper, [20, 20, 20], 2))
+
+
+def test_an_interrupt_is_seen_while_a_pipe_is_empty(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)
+    late = threading.Timer(20, os.write, (end, b"1" * 8))
+    late.start()
+    try:
+        with interrupted():
+            next(read_blocks(Span(pipe, 0, 8), "text"))
+    finally:
+        late.cancel()
+        os.close(end)
+
+
+def test_an_interrupt_during_the_start_of_a_worker_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[SpawnProcess] = []
+    start = SpawnProcess.start
+
+    def interrupt_start(process: SpawnProcess) -> None:
+        start(process)
+        started.append(process)
+        interrupt_elsewhere()
+
+    monkeypatch.setattr(SpawnProcess, "start", interrupt_start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(ordered_map(sleeper, [20, 20, 20], 2))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(started) == 1
+    assert not started[0].is_alive()

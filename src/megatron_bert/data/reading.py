@@ -10,7 +10,8 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from io import RawIOBase
+from io import FileIO, RawIOBase
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -29,6 +30,7 @@ _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 _TEXT_BORDERS = (b"\n\n", b"\n\r\n")  # a blank line that holds spaces is seen later, by the parser
 _BLOCK_BYTES = 1 << 20  # of text that is parsed and tokenized together
 _LONGEST_JSON_LINE_BYTES = 64 << 20
+_LOOK_SECONDS = 0.5  # between looks at a pipe
 _PARQUET_ROWS = 16  # decoded at a time: documents may be long
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 
@@ -78,8 +80,7 @@ def read_blocks(span: Span, json_key: str) -> Iterator[Block]:
     if kind == "rows":
         yield from _rows(span.file, json_key)
         return
-    # Unbuffered: in a buffer's loop over a pipe that has nothing to give, a signal that came too early is never seen.
-    with span.file.open("rb", buffering=0) as raw:
+    with _Source(str(span.file)) as raw:
         if span.start:
             raw.seek(span.start)
         opened = _COMPRESSIONS[compression](raw) if compression else raw
@@ -130,6 +131,18 @@ def _kind_of(file: Path) -> tuple[Kind, str]:
     if last == ".parquet" and not compression:
         return "rows", ""
     return ("jsonl" if last in _JSON_LINES else "text"), compression
+
+
+class _Source(FileIO):
+    """A file without a buffer. A signal that comes just before a read of a pipe that has nothing to give does not end
+    that read, so a pipe is read when it has something, and between looks for it the signal is seen.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while not self.seekable() and not wait([self.fileno()], _LOOK_SECONDS):
+            pass
+        return super().read(size)
 
 
 class _Stream:
