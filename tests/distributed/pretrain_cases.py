@@ -1,0 +1,18 @@
+"""What a test of the trainer runs in each process of a world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.errors import UserError
+from megatron_bert.training.configuration import load_configuration
+from megatron_bert.training.pretrain import pretrain
+
+
+def trains(recipe: Path, *overrides: str) -> Any:
+    """The run as `torchrun` would do it, in processes that have joined; or what a person is told."""
+    try:
+        return pretrain(load_configuration(recipe, overrides)).step
+    except UserError as error:
+        return str(error)
