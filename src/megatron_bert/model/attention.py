@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import varlen
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from megatron_bert.model import attention_kernel
 from megatron_bert.model.packing import PackedLayout
 
 __all__ = ["attention_function", "eager_attention", "packed_attention", "runs_packed"]
@@ -72,8 +73,9 @@ def packed_attention(
 ) -> Tensor:
     """Attention of each sequence of a packed row with itself: (1, N, T, H) -> (1, T, N, H).
 
-    CUDA: PyTorch's variable-length kernel where it applies (16-bit), or the flash-attention library where the model is
-    set to it. CPU: one call a sequence, which no padded call beats. Otherwise padded for this step only.
+    CUDA: our kernel for training where it applies, else PyTorch's variable-length kernel (16-bit), or the
+    flash-attention library where the model is set to it. CPU: one call a sequence, which no padded call beats.
+    Otherwise padded for this step only.
     """
     if "flash" in implementation:
         boundaries, longest = layout.cu_seq_lens, layout.max_length
@@ -92,6 +94,12 @@ def packed_attention(
             max_length_k=longest,
         )
         return context
+    if attention_kernel.applies(query, layout.max_length, dropout):
+        qkv_T3NH = attention_kernel.joined(*(states[0].transpose(0, 1) for states in (query, key, value)))
+        context_TNH = attention_kernel.packed_attention(
+            qkv_T3NH, layout.cu_seq_lens, layout.max_length, is_causal, scaling, dropout
+        )
+        return context_TNH.unsqueeze(0)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen_attention(query, key, value, layout, is_causal, scaling, dropout)
     by_length = _attention_by_sequence if query.device.type == "cpu" else _padded_attention
