@@ -35,6 +35,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "megatron_bert")
 
 
 def main() -> int:
@@ -71,7 +72,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, help="of a packed batch (default: as many as rows); a few more fill them"
     )
-    parser.add_argument("--variants", default="packed,padded", help="of ours (default: packed,padded)")
+    parser.add_argument(
+        "--variants",
+        default="packed,padded",
+        help="packed, padded, torchrun (packed, one process of a mesh); default: packed,padded",
+    )
     parser.add_argument("--peers", default="eager,compiled", help="of Transformers' class (default: eager,compiled)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for the recipe")
     parser.add_argument("--profile", action="store_true", help="a table of kernels instead")
@@ -124,7 +129,8 @@ def _ours(args: argparse.Namespace, variant: str, overrides: list[str], folder: 
         output = folder / f"run-{variant}-{number}"
         words = [*settings, f"output={output}"]
         before = time.perf_counter()
-        _verb("pretrain", str(args.recipe), "--json", "--overwrite", *_as_options(words))
+        start = TORCHRUN if variant == "torchrun" else ("-m", "megatron_bert")
+        _run(*start, "pretrain", str(args.recipe), "--json", "--overwrite", *_as_options(words))
         wall = time.perf_counter() - before
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         records = [record for record in map(json.loads, lines) if record["kind"] == "training"]
@@ -137,8 +143,9 @@ def _ours(args: argparse.Namespace, variant: str, overrides: list[str], folder: 
 
 
 def _of_variant(args: argparse.Namespace, variant: str) -> list[str]:
-    samples = args.samples if args.samples and variant == "packed" else args.rows
-    return [f"training.batch_samples={samples}", f"runtime.packing={str(variant == 'packed').lower()}"]
+    is_packed = variant in ("packed", "torchrun")
+    samples = args.samples if args.samples and is_packed else args.rows
+    return [f"training.batch_samples={samples}", f"runtime.packing={str(is_packed).lower()}"]
 
 
 def _medians(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -266,13 +273,17 @@ def _profile(args: argparse.Namespace, overrides: list[str], folder: Path) -> No
 def _parts(args: argparse.Namespace, overrides: list[str], folder: Path) -> tuple[Any, Any, Any]:
     """The configuration, a fresh network and the corpus, as the trainer makes them."""
     from megatron_bert.data.tokenization import load_tokenizer
+    from megatron_bert.parallel.materialize import materialize
     from megatron_bert.training.configuration import load_configuration
     from megatron_bert.training.corpus import open_corpus
-    from megatron_bert.training.network import build_network
+    from megatron_bert.training.network import empty_network, fill_network, network_config
 
     configuration = load_configuration(args.recipe, [*overrides, f"output={folder / 'none'}"])
     tokenizer = load_tokenizer(configuration.data.tokenizer)
-    return configuration, build_network(configuration, tokenizer), open_corpus(configuration, tokenizer)
+    network = empty_network(network_config(configuration, tokenizer), causal=False)
+    materialize(network, torch.device("cpu"))
+    fill_network(network, None, configuration.training.seed)
+    return configuration, network, open_corpus(configuration, tokenizer)
 
 
 def _padded_batches(corpus: Any, configuration: Any) -> Iterator[dict[str, torch.Tensor]]:

@@ -5,6 +5,10 @@ uninterrupted run: every number in its metrics but the timings, the model, and a
 
 The kills are spread over the whole run; every other one waits for a checkpoint to be half-written, and every fifth
 comes while the run is starting. Exit code 0: bit for bit the same.
+
+With --ranks N the run is N processes under torchrun: one of them is killed each time, and torchrun starts all again.
+
+    python tools/kill_and_resume.py recipes/demo_cpu.yaml --ranks 4 --kills 5 --set mesh.tensor=2
 """
 
 from __future__ import annotations
@@ -40,12 +44,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("killed"), help="gets whole/ and killed/; emptied first")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--fork", action="store_true", help="fork instead of starting the command: saves its start-up")
+    parser.add_argument("--ranks", type=int, help="processes under torchrun")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     settings = [word for value in args.set for word in ("--set", value)]
     words = ["pretrain", str(args.recipe), "--json", *settings]
+    if args.ranks:
+        return kill_ranks(words, args)
     launch: Launch = forker(words) if args.fork else starter(words)
 
     started = time.monotonic()
@@ -75,6 +82,34 @@ def main() -> int:
     differences = compare(args.folder / "whole", args.folder / "killed")
     print("\n".join(differences) or "metrics, model and last checkpoint are bit for bit the same")
     return 1 if differences else 0
+
+
+def kill_ranks(words: list[str], args: argparse.Namespace) -> int:
+    """The same with one process of several."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks), "--max-restarts",
+                str(args.kills), "-m", "megatron_bert", *words]  # fmt: skip
+    whole, killed = args.folder / "whole", args.folder / "killed"
+    subprocess.run([*torchrun, "--set", f"output={whole}"], check=True, stdout=subprocess.DEVNULL)
+    moments, steps = random.Random(args.seed), last_step(whole)
+    with subprocess.Popen([*torchrun, "--set", f"output={killed}"], stdout=subprocess.DEVNULL) as run:
+        for kill in range(args.kills):
+            after_step = int(steps * (kill + moments.random()) / (args.kills + 1))
+            wait_for(
+                run.pid, lambda after=after_step: last_step(killed) >= after and len(children(run.pid)) == args.ranks
+            )
+            rank, process = moments.choice(list(enumerate(children(run.pid))))
+            os.kill(process, signal.SIGKILL)
+            print(f"killed rank {rank} at step {last_step(killed)}", flush=True)
+            wait_for(run.pid, lambda gone=process: gone not in children(run.pid))
+        assert run.wait() == 0, "it did not go on by itself"
+    differences = compare(whole, killed)
+    print("\n".join(differences) or "metrics, model and last checkpoint are bit for bit the same")
+    return 1 if differences else 0
+
+
+def children(process: int) -> list[int]:
+    """The processes that it started, the first one first."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def starter(words: list[str]) -> Launch:

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_bert.errors import LostProcess, SharedError, UserError
 
@@ -31,11 +33,12 @@ Result = TypeVar("Result")
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|timed? ?out|timeout|NCCL|broken pipe|peer|unreachable", re.IGNORECASE
 )
+_SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")  # of the library, before what it says
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several that `torchrun` started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether `torchrun`, or what sets the same variables, started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def local_device(device_type: str) -> torch.device:
@@ -64,16 +67,19 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
     Raises:
         LostProcess: another rank is gone, or was waited for longer than `timeout_seconds`.
     """
-    is_gpu = device.type == "cuda"
+    is_gpu, rank = device.type == "cuda", int(os.environ["RANK"])
     if is_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if is_gpu else None,
-    )
-    rank = dist.get_rank()
     try:
+        store, _, num_ranks = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
+            store=PrefixStore(_attempt(), store),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if is_gpu else None,
+        )
         yield
     except SharedError:
         raise
@@ -81,7 +87,7 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
         if not _LOST.search(str(error)):
             error.add_note(f"rank {rank}")
             raise
-        reason = str(error).splitlines()[0]
+        reason = _SOURCE_LINE.sub("", str(error).splitlines()[0])
         raise LostProcess(
             f"rank {rank} lost another process of the run, which ended or does not answer ({reason})"
         ) from error
@@ -89,7 +95,16 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
         error.add_note(f"rank {rank}")
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """A name for what the processes say in the store where they meet. `torchrun` without a rendezvous backend keeps one
+    store for all its restarts, and processes that are gone have left their addresses in it.
+    """
+    has_one_store = os.environ.get("GROUP_WORLD_SIZE") == "1" or os.environ.get("TORCHELASTIC_RUN_ID") == "none"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if has_one_store else "attempt"
 
 
 def exchange(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:

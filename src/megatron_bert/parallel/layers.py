@@ -103,7 +103,7 @@ class VocabularyParallelLinear(_OnShards, Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., V / degree) or (..., V)."""
-        logits = super().forward(self.region.copy(input))
+        logits = super().forward(self.region.copy(_as_computed(input)))
         return self.region.gather_features(logits) if self.gathers_logits else logits
 
 
@@ -122,7 +122,7 @@ class ParallelSelfAttention(MegatronBertSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; `num_tokens` is the sequence's length where `hidden_states` has a part of it."""
-        hidden_states = self.region.enter(hidden_states, num_tokens)
+        hidden_states = self.region.enter(_as_computed(hidden_states), num_tokens)
         if encoder_hidden_states is not None:
             encoder_hidden_states = self.region.copy(encoder_hidden_states)
         return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
@@ -147,7 +147,7 @@ class ParallelIntermediate(MegatronBertIntermediate):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, F / degree)."""
-        return super().forward(self.region.enter(hidden_states))
+        return super().forward(self.region.enter(_as_computed(hidden_states)))
 
 
 class SequenceParallelEncoder(MegatronBertEncoder):
@@ -164,6 +164,14 @@ class SequenceParallelEncoder(MegatronBertEncoder):
             tokens = self.region.split_tokens(hidden_states)
             tokens = super().__call__(tokens, *args, num_tokens=num_tokens, **kwargs)
         return self.region.gather_tokens(tokens, num_tokens)
+
+
+def _as_computed(states: Tensor) -> Tensor:
+    """In the number type that the product after it takes: autocast has norms give float32, and twice as much would be
+    sent.
+    """
+    device = states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
 
 
 def _has_dropout(module: nn.Module) -> bool:
