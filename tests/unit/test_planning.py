@@ -17,8 +17,16 @@ from megatron_bert.planning.memory import layer_activation_bytes, memory_of_step
 from megatron_bert.planning.paper import paper_table
 from megatron_bert.planning.parameters import rank_parameters, sequence_parameters
 from megatron_bert.planning.ranking import Choice, plan_of, rank
-from megatron_bert.planning.speed import attention_seconds, collective_seconds, product_seconds, step_flops, step_time
+from megatron_bert.planning.speed import (
+    _product_seconds,
+    attention_seconds,
+    collective_seconds,
+    product_seconds,
+    step_flops,
+    step_time,
+)
 from megatron_bert.sharding import on_sequence_shards, split_dim
+from megatron_bert.training.configuration import SIZES
 
 H100 = GPUS["h100"]
 
@@ -57,7 +65,7 @@ def test_products_and_attention_are_what_pytorch_counts(feed_forward):
     """On a GPU of one FLOP a second whose memory takes no time, seconds are FLOPs."""
     config = config_of(attn_implementation="eager")
     config.intermediate_size = feed_forward * config.hidden_size
-    slow = Gpu("slow", 1.0, 1.0, math.inf, 8, 1.0, 1.0, 1.0)
+    slow = Gpu("slow", 1.0, 1.0, math.inf, 8, 1.0, 1.0, 1.0, multiprocessors=1)
     job, layout = Job(config, 1, batch_rows=3, row_tokens=16, predicted_share=1.0), Layout(micro_rows=3)
     with torch.device("meta"):
         model = MegatronBertForPreTraining(config).train()
@@ -72,23 +80,38 @@ def test_products_and_attention_are_what_pytorch_counts(feed_forward):
 
 def test_recomputing_takes_a_third_more_products():
     job = Job(BERT_345M, 1, 64, predicted_share=0.0)
-    none, full = (product_seconds(job, Layout(recompute=what, micro_rows=64), H100) for what in ("none", "full"))
+    gpu = replace(H100, multiprocessors=1)
+    none, full = (product_seconds(job, Layout(recompute=what, micro_rows=64), gpu) for what in ("none", "full"))
     assert full == pytest.approx(none * 4 / 3, rel=1e-3)
 
 
 def test_tensor_parallel_products_are_shares():
     job = Job(BERT_345M, 4, 64, predicted_share=0.0)
-    gpu = replace(H100, memory_bytes_per_second=math.inf)
+    gpu = replace(H100, memory_bytes_per_second=math.inf, multiprocessors=1)
     whole, part = (product_seconds(job, Layout(tensor=degree, micro_rows=64), gpu) for degree in (1, 4))
     assert part == pytest.approx(whole / 4)
     assert product_seconds(job, Layout(tensor=4, micro_rows=64), H100) > part  # thin ones wait for memory
 
 
-@pytest.mark.parametrize(("rows", "predicted", "seconds"), [(44, 2944, 0.114), (64, 2944, 0.161)])
-def test_a_step_takes_what_an_h100_took(rows, predicted, seconds):
-    """345m, packed and padded rows of 512, compiled, dropout 0.1: `benchmarks/train_gpu.py`, time on the GPU."""
-    job = Job(BERT_345M, 1, rows, predicted_share=predicted / (rows * 512))
-    assert step_time(job, Layout(micro_rows=rows), H100).total == pytest.approx(seconds, rel=0.15)
+def test_the_last_round_of_tiles_is_paid_whole():
+    """133 tiles on 132 multiprocessors take as long as 264."""
+    one, two = (Job(config_of(256, 1, 4, 256), 1, tiles, 128, predicted_share=0.0) for tiles in (132, 264))
+    between = replace(one, batch_rows=133)
+    gpu = replace(H100, memory_bytes_per_second=math.inf)
+    forward = [_product_seconds(job.tokens, 256, 256, gpu) for job in (one, between, two)]
+    assert forward == pytest.approx([forward[0], 2 * forward[0], 2 * forward[0]])
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "recompute", "seconds"),
+    [("345m", 64, "none", 0.1569), ("1.3b", 32, "none", 0.2573), ("3.9b", 8, "full", 0.3642)],
+)
+def test_a_step_takes_what_an_h100_took(size, rows, recompute, seconds):
+    """Full rows of 512, compiled, dropout 0.1: `benchmarks/plan_gpu.py`."""
+    hidden, layers, heads = SIZES[size]
+    job = Job(config_of(hidden, layers, heads, 29056), 1, rows)
+    layout = Layout(micro_rows=rows, recompute=recompute)
+    assert step_time(job, layout, H100).total == pytest.approx(seconds, rel=0.15)
 
 
 # --- Communication

@@ -34,9 +34,10 @@ class Watch:
         self._patience, self._say = patience_seconds, say
         self._store = dist.distributed_c10d._get_default_store()
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._count = 0
+        self._count, self._beats = 0, 0
         self._ended = threading.Event()
         self.at("the start")
+        self._beat()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
     def __enter__(self) -> Self:
@@ -53,24 +54,41 @@ class Watch:
         """This process goes on to `what`: a few words, the same on all of them."""
         self._since = time.monotonic()
         self._count += 1
-        self._store.set(f"watch/{self._rank}", f"{self._count} {what}")
+        self._store.set(f"watch/at/{self._rank}", f"{self._count} {what}")
 
     def _look(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):
+            self._beat()
             if time.monotonic() - self._since > self._patience:
-                self._tell()
-                os._exit(_EXIT_CODE)
+                try:
+                    self._tell()
+                finally:
+                    os._exit(_EXIT_CODE)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"watch/beat/{self._rank}", str(self._beats))
 
     def _tell(self) -> None:
-        places = [self._store.get(f"watch/{rank}").decode().split(" ", 1) for rank in range(self._size)]
+        """Names those that are behind, or else those that give no sign of life: stopped, swapped out, cut off."""
+        places = [place.split(" ", 1) for place in self._of_all("at")]
         counts = [int(count) for count, _ in places]
-        behind = [rank for rank, count in enumerate(counts) if count < max(counts)]
-        ahead = [rank for rank in range(self._size) if rank not in behind]
-        if self._rank != ahead[0]:
+        hanging = [rank for rank, count in enumerate(counts) if count < max(counts)] or self._silent()
+        others = [rank for rank in range(self._size) if rank not in hanging]
+        if self._rank != min(others, default=0):
             time.sleep(_LOOK_SECONDS)  # or torchrun would end the one that speaks before it has spoken
-            return
-        where = places[behind[0] if behind else 0][1]
-        if behind:
-            self._say(f"{ranks_of(behind)} did not get past {where} for {self._patience:g} s, and the others wait")
+        elif hanging:
+            where = places[hanging[0]][1]
+            self._say(f"{ranks_of(hanging)} did not get past {where} for {self._patience:g} s, and the others wait")
         else:
-            self._say(f"no rank got past {where} for {self._patience:g} s")
+            self._say(f"no rank got past {places[0][1]} for {self._patience:g} s")
+
+    def _silent(self) -> list[int]:
+        """The ranks whose thread here does not run any more."""
+        before = self._of_all("beat")
+        time.sleep(3 * _LOOK_SECONDS)
+        after = self._of_all("beat")
+        return [rank for rank in range(self._size) if before[rank] == after[rank] and rank != self._rank]
+
+    def _of_all(self, what: str) -> list[str]:
+        return [self._store.get(f"watch/{what}/{rank}").decode() for rank in range(self._size)]

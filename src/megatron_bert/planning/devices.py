@@ -29,6 +29,7 @@ class Gpu:
         network_bytes_per_second: a GPU to other nodes, one direction, what is reached.
         attention_flops_per_second: of the fused attention kernel, forward and backward together, with dropout.
         latency_seconds: of any collective, however small.
+        multiprocessors: that compute tiles of a product side by side.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Gpu:
     network_bytes_per_second: float
     attention_flops_per_second: float
     latency_seconds: float = 20e-6
+    multiprocessors: int = 132
 
     @property
     def memory_bytes(self) -> float:
@@ -47,14 +49,23 @@ class Gpu:
         return self.memory_gib * GIB
 
 
-_MATMUL, _COPY, _LINK, _NETWORK, _ATTENTION = 0.76, 0.90, 0.80, 0.85, 0.126
-"""Shares of data sheets. The first two and the last: 759 of 989 TFLOP/s, 3.0 of 3.35 TB/s, and flash-attention 2 with
-dropout on the H100. Links: what NCCL's own tests (github.com/NVIDIA/nccl-tests) reach of NVLink and InfiniBand for
-messages of tens of MiB and more."""
+_MATMUL, _COPY, _LINK, _NETWORK, _ATTENTION, _ATTENTION_HOPPER = 0.76, 0.90, 0.80, 0.85, 0.126, 0.229
+"""Shares of data sheets. The first two: 759 of 989 TFLOP/s and 3.0 of 3.35 TB/s on the H100. Attention with dropout:
+flash-attention 2 and `model.attention_kernel` there. Links: what NCCL's own tests (github.com/NVIDIA/nccl-tests) reach
+of NVLink and InfiniBand for messages of tens of MiB and more."""
 
 
 def of_data_sheet(
-    name: str, teraflops: float, memory_gib: float, memory_tb: float, node_gpus: int, node_gb: float, network_gb: float
+    name: str,
+    teraflops: float,
+    memory_gib: float,
+    memory_tb: float,
+    node_gpus: int,
+    node_gb: float,
+    network_gb: float,
+    multiprocessors: int,
+    *,
+    is_hopper: bool = False,
 ) -> Gpu:
     return Gpu(
         name=name,
@@ -64,17 +75,18 @@ def of_data_sheet(
         node_gpus=node_gpus,
         node_bytes_per_second=_LINK * node_gb * 1e9,
         network_bytes_per_second=_NETWORK * network_gb * 1e9,
-        attention_flops_per_second=_ATTENTION * teraflops * 1e12,
+        attention_flops_per_second=(_ATTENTION_HOPPER if is_hopper else _ATTENTION) * teraflops * 1e12,
+        multiprocessors=multiprocessors,
     )
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # bf16 TFLOP/s, usable GiB, TB/s; GPUs a node; GB/s of NVLink and of the network, a GPU and a direction
-        of_data_sheet("h100", 989, 79.2, 3.35, 8, 450, 50),  # SXM5, 80 GB; NVLink 4, 400 Gbit/s a GPU
-        of_data_sheet("h200", 989, 139.8, 4.8, 8, 450, 50),  # SXM5, 141 GB
-        of_data_sheet("a100", 312, 79.2, 2.04, 8, 300, 25),  # SXM4, 80 GB; NVLink 3, 200 Gbit/s a GPU
+        # bf16 TFLOP/s, usable GiB, TB/s; GPUs a node; GB/s of NVLink and of the network, a GPU and a direction; SMs
+        of_data_sheet("h100", 989, 79.2, 3.35, 8, 450, 50, 132, is_hopper=True),  # SXM5, 80 GB; 400 Gbit/s a GPU
+        of_data_sheet("h200", 989, 139.8, 4.8, 8, 450, 50, 132, is_hopper=True),  # SXM5, 141 GB
+        of_data_sheet("a100", 312, 79.2, 2.04, 8, 300, 25, 108),  # SXM4, 80 GB; NVLink 3, 200 Gbit/s a GPU
     )
 }
 

@@ -12,7 +12,7 @@ from megatron_bert.planning.speed import step_flops, step_time
 
 __all__ = ["DGX2", "PaperRow", "paper_table"]
 
-DGX2 = of_data_sheet("v100-dgx2", 125, 31.7, 0.9, 16, 150, 6.25)
+DGX2 = of_data_sheet("v100-dgx2", 125, 31.7, 0.9, 16, 150, 6.25, 80)
 """The paper's servers: 16 V100 of 32 GB, NVSwitch of 300 GB/s a GPU, 100 GB/s between servers (section 5)."""
 
 _VOCABULARY, _ROW_TOKENS, _ROWS, _DATA = 51200, 1024, 8, 64

@@ -8,6 +8,7 @@ tensor-parallel degree.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from megatron_bert.planning.communication import Collective, collectives_of_step, sharding_collectives
 from megatron_bert.planning.devices import Gpu
@@ -17,7 +18,8 @@ from megatron_bert.planning.parameters import layer_matrices, outer_matrices, ra
 
 __all__ = ["StepTime", "step_flops", "step_time"]
 
-_BF16, _FP32 = 2, 4
+_BF16 = 2
+_TILE = (128, 256)  # of a result, that one multiprocessor computes: what cuBLAS takes for large products on Hopper
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,33 @@ def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
 
 
 def product_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
-    """Products of one micro-batch: three times the forward pass's (arXiv 2104.04473, appendix), four times those of
-    layers that are computed again.
+    """Products of one micro-batch: of each, the forward pass's, and for the gradients of its two operands one each of
+    the same size (arXiv 2104.04473, appendix); once more the forward pass's of layers that are computed again.
     """
     config, tokens, tensor = job.config, layout.micro_tokens(job), layout.tensor
     h, f = config.hidden_size, config.intermediate_size
     layer = [(tokens, 3 * h // tensor, h), (tokens, h, h // tensor), (tokens, f // tensor, h), (tokens, h, f // tensor)]
     predicted = layout.micro_predicted(job)
     head = [(predicted, h, h), (predicted, config.vocab_size // tensor, h)]
-    passes = 4 if layout.recompute == "full" else 3
-    in_layers = sum(_product_seconds(m, n, k, gpu) for m, n, k in layer)
-    return passes * config.num_hidden_layers * in_layers + 3 * sum(_product_seconds(m, n, k, gpu) for m, n, k in head)
+    forward_passes = 2 if layout.recompute == "full" else 1
+    in_layers = sum(_product_and_gradients(m, n, k, gpu, forward_passes) for m, n, k in layer)
+    return config.num_hidden_layers * in_layers + sum(_product_and_gradients(m, n, k, gpu, 1) for m, n, k in head)
+
+
+def _product_and_gradients(m: int, n: int, k: int, gpu: Gpu, forward_passes: int) -> float:
+    gradients = _product_seconds(m, k, n, gpu) + _product_seconds(k, n, m, gpu)
+    return forward_passes * _product_seconds(m, n, k, gpu) + gradients
 
 
 def _product_seconds(m: int, n: int, k: int, gpu: Gpu) -> float:
-    """(m, k) times (k, n) in bfloat16: limited by multiplying, or by reading and writing once."""
+    """(m, k) times (k, n) in bfloat16: limited by multiplying, or by reading and writing once. Tiles of the result are
+    computed by all multiprocessors at once, and in the last round some of them have none (NVIDIA, Matrix Multiplication
+    Background User's Guide, section 3.3: wave quantization).
+    """
     num_bytes = _BF16 * (m * k + k * n + m * n)
-    return max(2 * m * n * k / gpu.flops_per_second, num_bytes / gpu.memory_bytes_per_second)
+    rounds = max(ceil(m / _TILE[0]) * ceil(n / _TILE[1]), 1) / gpu.multiprocessors
+    multiplying = 2 * m * n * k / gpu.flops_per_second * ceil(rounds) / rounds
+    return max(multiplying, num_bytes / gpu.memory_bytes_per_second)
 
 
 def attention_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
@@ -126,12 +138,13 @@ def elementwise_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
 def optimizer_bytes_moved(job: Job, layout: Layout) -> float:
     """AdamW reads weights, gradients and two moments and writes all but gradients: 28 bytes a parameter; the norm reads
     gradients: 4; and each micro-batch reads weights in float32, writes them in bfloat16 and its gradients likewise: 12,
-    whole where fully sharded data parallelism put them together.
+    whole where fully sharded data parallelism put them together, and 6 more where layers are computed again.
     """
     parameters = rank_parameters(job.config, layout.tensor)
     config, tensor = job.config, layout.tensor
     matrices = config.num_hidden_layers * layer_matrices(config, tensor) + outer_matrices(config, tensor)
-    return 32 * parameters / layout.shard + 12 * matrices * layout.micro_batches(job)
+    in_a_pass = 18 if layout.recompute == "full" else 12
+    return 32 * parameters / layout.shard + in_a_pass * matrices * layout.micro_batches(job)
 
 
 def optimizer_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
