@@ -1,0 +1,182 @@
+"""What a pretraining run is made of: data, processes, and the model with its optimizer at the beginning or where a
+checkpoint left it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_bert.checkpoint.native import read_state
+from megatron_bert.data.batches import BatchLayout
+from megatron_bert.data.tokenization import load_tokenizer
+from megatron_bert.data.vocabulary import fingerprint
+from megatron_bert.errors import UserError
+from megatron_bert.model import MegatronBertConfig
+from megatron_bert.parallel.launch import agreed, check_agreement, is_launched, joined_processes, local_device
+from megatron_bert.parallel.materialize import initialize, materialize
+from megatron_bert.training.configuration import PretrainConfiguration
+from megatron_bert.training.corpus import Corpus, open_corpus
+from megatron_bert.training.execution import build_objective, should_compile
+from megatron_bert.training.network import Network, empty_network, fill_network, network_config
+from megatron_bert.training.objective import Objective
+from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.ranks import Ranks
+from megatron_bert.training.resume import run_identity
+from megatron_bert.training.state import TrainState, restore
+
+__all__ = ["Setup", "joined", "set_up"]
+
+log = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 60  # that the library waits longer than we do, whose message says more
+
+
+@contextmanager
+def joined(configuration: PretrainConfiguration) -> Iterator[torch.device]:
+    """This process's device. The processes that torchrun started are joined, unless whoever calls has done so.
+
+    Raises:
+        UserError: there is no such device.
+        LostProcess: see `joined_processes`.
+    """
+    device = _device(configuration.runtime.device)
+    if not is_launched() or dist.is_initialized():
+        yield device
+        return
+    with joined_processes(device, configuration.mesh.timeout_seconds + _GRACE_SECONDS):
+        yield device
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run before it has a state.
+
+    identity: see `run_identity`.
+    """
+
+    configuration: PretrainConfiguration
+    device: torch.device
+    ranks: Ranks
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    layout: BatchLayout
+    identity: Mapping[str, Any]
+
+    def summary(self) -> str:
+        """Where the run is computed, and what of."""
+        where = str(self.device)
+        if self.ranks.mesh is not None:
+            replicas, shards, tensor, _ = self.ranks.layout
+            where = f"{self.ranks.size} processes ({tensor} tensor-parallel x {shards} sharded x {replicas} replicated)"
+        return f"{where}; {self.corpus.summary(self.layout)}"
+
+    def begin(self, checkpoint: Path | None) -> tuple[TrainState, Objective]:
+        """A run at its beginning, or where the checkpoint left it, and what it minimises. The order is that of
+        `parallelize`: the model is spread while it has no values, then gets memory, then values, then its optimizer.
+        """
+        configuration, ranks, device = self.configuration, self.ranks, self.device
+        seed = configuration.training.seed
+        torch.manual_seed(ranks.stream_seed(seed))
+        config = agreed(lambda: self._config(checkpoint))
+        network = empty_network(config, causal=configuration.objective.kind == "causal")
+        objective = agreed(lambda: self._spread(network))
+        materialize(network, device)
+        if checkpoint is None:
+            agreed(lambda: fill_network(network, configuration.model.start_from, seed))
+        else:  # what the run once started from may be gone by now
+            initialize(network, seed, only=set())
+        state = TrainState(network, build_optimizer(network, configuration.optimizer), device)
+        if checkpoint:
+            restore(state, checkpoint, ranks)
+            log.info("going on from %s", checkpoint)
+        if objective.shapes and state.shapes:
+            objective.shapes = state.shapes
+        state.shapes = objective.shapes
+        return state, objective
+
+    def _config(self, checkpoint: Path | None) -> MegatronBertConfig:
+        if checkpoint is None:
+            return network_config(self.configuration, self.tokenizer)
+        section = self.configuration.model
+        config = MegatronBertConfig.from_dict(read_state(checkpoint)["config"])
+        config.hidden_dropout_prob = section.hidden_dropout_prob
+        config.attention_probs_dropout_prob = section.attention_probs_dropout_prob
+        return config
+
+    def _spread(self, network: Network) -> Objective:
+        """The objective of the network, which is spread over the processes for it, on the meta device."""
+        configuration = self.configuration
+        training, runtime = configuration.training, configuration.runtime
+        return build_objective(
+            network,
+            self.device,
+            precision=training.precision,
+            rows=self.layout.micro_samples,
+            row_tokens=configuration.data.row_tokens,
+            predicted_share=configuration.objective.predicted_share,
+            recompute=runtime.recompute,
+            compiled=should_compile(runtime.compile, self.device),
+            mesh=self.ranks.mesh,
+            keeps_layers=configuration.mesh.keep_layers,
+        )
+
+
+def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
+    """Opens the data, on all processes that have joined.
+
+    Raises:
+        UserError: the processes do not fit the mesh, or what `open_corpus` finds.
+    """
+    ranks = agreed(lambda: Ranks.of(configuration.mesh, device))
+    check_agreement(_facts(configuration))
+    tokenizer = agreed(lambda: load_tokenizer(configuration.data.tokenizer))
+    corpus = agreed(lambda: open_corpus(configuration, tokenizer))
+    layout = agreed(lambda: corpus.best_layout(_layout(configuration, ranks)))
+    identity = agreed(lambda: run_identity(configuration, fingerprint(tokenizer.backend_tokenizer)))
+    return Setup(configuration, device, ranks, tokenizer, corpus, layout, identity)
+
+
+def _facts(configuration: PretrainConfiguration) -> dict[str, str]:
+    """What has to be the same on all processes."""
+    recipe = hashlib.sha256(configuration.as_yaml().encode()).hexdigest()[:12]
+    return {"the recipe (its fingerprint)": recipe, "megatron-bert's code (its fingerprint)": _fingerprint_of_code(),
+            "PyTorch's version": torch.__version__}  # fmt: skip
+
+
+def _fingerprint_of_code() -> str:
+    """Of all modules of this package."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _layout(configuration: PretrainConfiguration, ranks: Ranks) -> BatchLayout:
+    samples, runtime = configuration.training.batch_samples, configuration.runtime
+    share = max(samples // ranks.data_degree, 1)
+    micro_samples = min(runtime.micro_batch_samples or share, share)
+    return BatchLayout(samples, micro_samples, ranks.data_rank, ranks.data_degree, packing=runtime.packing)
+
+
+def _device(name: str) -> torch.device:
+    """The device; with several processes, this one's."""
+    if name == "auto":
+        return local_device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"runtime.device {name!r} is not a device; write auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device cuda: PyTorch finds no CUDA device here; write auto or cpu")
+    return local_device(device.type) if is_launched() else device
