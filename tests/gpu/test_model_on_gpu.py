@@ -39,10 +39,18 @@ def relative_error(expected, found):
     return ((expected.double() - found.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "of_gradients"),
+    [(torch.float32, 2e-5, 6e-5), (torch.bfloat16, 2e-2, 6e-2), (torch.float16, 3e-3, 1.5e-2)],
+)
 @pytest.mark.parametrize("is_decoder", [False, True])
-def test_unpadded_execution(dtype, tolerance, is_decoder):
-    """Against the padded model in double precision on the CPU."""
+def test_unpadded_execution(dtype, tolerance, of_gradients, is_decoder):
+    """Against the padded model in double precision on the CPU.
+
+    In float16 a flash kernel's gradients are further off than its results: it takes each row's sum of probability times
+    gradient from the rounded result, which alone changes the queries' gradient here by 1.4 % (computed in double
+    precision from rounded values).
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
     inputs, labels = padded_batch()
     model = make(dtype, is_decoder=is_decoder, use_cache=False)
@@ -56,7 +64,7 @@ def test_unpadded_execution(dtype, tolerance, is_decoder):
     expected.loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
         if "key.bias" not in name:  # its gradient is zero but for noise
-            assert relative_error(theirs.grad, ours.grad.cpu()) < 3 * tolerance, name
+            assert relative_error(theirs.grad, ours.grad.cpu()) < of_gradients, name
 
 
 @pytest.mark.parametrize("is_decoder", [False, True])

@@ -131,17 +131,18 @@ def _backward(
     query, key, value = qkv.unbind(1)
     grad_query, grad_key, grad_value = grad_qkv.unbind(1)
     keep = 1 - realized_dropout(dropout)
+    factor = scaling / keep / (attention_triton.LIFT.value if qkv.dtype == torch.float16 else 1.0)
     common = (
         cu_seq_lens, cu_seq_lens if seed is None else seed, qkv.stride(0), lse.stride(0), scaling * math.log2(math.e),
         _addend(dropout),
     )  # fmt: skip
     options: dict[str, Any] = {"H": qkv.shape[-1], "CAUSAL": is_causal, "DROP": dropout > 0.0, "PACKED": qkv.is_cuda}
     attention_triton.grad_query[_grid(qkv, cu_seq_lens, max_length, _GRAD_QUERY["M"])](
-        query, key, value, context, grad, lse, delta, grad_query, *common, keep, scaling / keep,
+        query, key, value, context, grad, lse, delta, grad_query, *common, keep, factor,
         **options, **_GRAD_QUERY,
     )  # fmt: skip
     attention_triton.grad_key_value[_grid(qkv, cu_seq_lens, max_length, _GRAD_KEY_VALUE["N"])](
-        query, key, value, grad, lse, delta, grad_key, grad_value, *common, 1 / keep, scaling / keep,
+        query, key, value, grad, lse, delta, grad_key, grad_value, *common, 1 / keep, factor,
         **options, **_GRAD_KEY_VALUE,
     )  # fmt: skip
     return grad_qkv

@@ -19,6 +19,9 @@ import triton
 import triton.language as tl
 
 SLOT = tl.constexpr(132)  # a sequence's reserve in the statistics: its last tile, of at most 128, and 4 for alignment
+# Gradients of float16 scores are a probability times what comes from above: too small for the type, if not multiplied by
+# about the number of keys. The gradients of queries and keys are divided by it in float32.
+LIFT = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -139,6 +142,7 @@ def _grad_query_tiles(
     columns = tl.arange(0, N)
     column_keys = _groups(columns) << 16
     place = _byte(rows[:, None], columns[None, :])
+    lift: tl.constexpr = LIFT if query.dtype == tl.float16 else 1.0
     for at in tl.range(begin, end, N):
         keys = _tile(K, at, stride_token, length, N, H, MASK)
         values = _tile(V, at, stride_token, length, N, H, MASK)
@@ -152,7 +156,7 @@ def _grad_query_tiles(
         if DROP:
             flags = _flags((row_keys ^ ((at // 2) << 16))[:, None] ^ column_keys[None, :], key, addend, PACKED)
             kept = tl.where(_is_kept(flags, place), probabilities, 0.0)
-        ds = kept * products - probabilities * delta[:, None]
+        ds = (kept * products - probabilities * delta[:, None]) * lift
         dq = tl.dot(ds.to(keys.dtype), keys, dq)
     return dq
 
@@ -208,6 +212,7 @@ def _grad_key_value_tiles(
     lines = tl.arange(0, M)
     row_keys = _groups(lines)
     place = _byte(lines[None, :], columns[:, None])
+    lift: tl.constexpr = LIFT if keys.dtype == tl.float16 else 1.0
     for at in tl.range(begin, end, M):
         rows = at + lines
         query = _tile(Q, at, stride_token, length, M, H, True)
@@ -224,7 +229,7 @@ def _grad_key_value_tiles(
             kept = tl.where(_is_kept(flags, place), probabilities, 0.0)
         dv = tl.dot(kept.to(grad.dtype), grad, dv)
         delta = tl.load(DELTA + rows)
-        ds = kept * products - probabilities * delta[None, :]
+        ds = (kept * products - probabilities * delta[None, :]) * lift
         dk = tl.dot(ds.to(query.dtype), query, dk)
     return dk, dv
 
