@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 SLOT = tl.constexpr(132)  # a sequence's reserve in the statistics: its last tile, of at most 128, and 4 for alignment
-# Gradients of float16 scores are a probability times what comes from above: too small for the type, if not multiplied by
-# about the number of keys. The gradients of queries and keys are divided by it in float32.
+# Gradients of float16 scores are a probability times what comes from above: too small for the type, if not multiplied
+# by about the number of keys. The gradients of queries and keys are divided by it in float32.
 LIFT = tl.constexpr(64.0)
 
 
