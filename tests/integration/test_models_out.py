@@ -136,6 +136,23 @@ def test_converting_a_finished_run(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert_same_logits(tmp_path / "model")
 
 
+def test_converting_to_bfloat16(run: Path, tmp_path: Path) -> None:
+    """Half the bytes, each weight the nearest bfloat16, the type in config.json; Transformers loads it as it is."""
+    folder = tmp_path / "model"
+    assert main(["convert", str(run), str(folder), "--dtype", "bfloat16"]) == 0
+    exact, rounded = (load_file(path / "model.safetensors") for path in (run / "model", folder))
+    assert exact.keys() == rounded.keys()
+    for name, weight in exact.items():
+        assert rounded[name].dtype == torch.bfloat16
+        # 8 significant bits: rounding to nearest errs by at most 2^-8 of the number (IEEE 754), cutting off by 2^-7
+        torch.testing.assert_close(rounded[name].float(), weight, rtol=2**-8, atol=1e-38)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    theirs, report = transformers.MegatronBertForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert theirs.dtype == torch.bfloat16
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
 def test_converting_a_causal_run(prepared: Path, tmp_path: Path) -> None:
     assert train(prepared, "causal", "objective={kind: causal}", "optimizer.schedule=cosine") == 0
     assert main(["convert", str(prepared / "causal"), str(tmp_path / "model")]) == 0

@@ -129,6 +129,10 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("data.tokens=[]", r"data\.tokens\.blend: List should have at least 1 item"),
         ("objective.kind=causl", r"objective\.kind: Input should be 'masked' or 'causal', not 'causl'"),
         ("objective.pair=next", r"objective\.pair: Input should be 'sentence-order', 'next-sentence' or 'none'"),
+        (
+            "objective={whole_words: false, chinese_segmenter: jieba}",
+            r"objective: chinese_segmenter finds words to be masked whole; leave it out or set whole_words=true",
+        ),
         ("output.folder=5", r"--set output\.folder=5: output is not a section"),
         ("training.steps", r"--set training\.steps: write section\.key=value"),
         ("=5", "write section.key=value"),

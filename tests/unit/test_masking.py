@@ -18,7 +18,7 @@ VOCABULARY = {token: at for at, token in enumerate([*SPECIAL, *PIECES])}
 CLS, SEP, MASK = 2, 3, 4
 
 
-def masker(**options: float) -> Masker:
+def masker(**options: float | bool) -> Masker:
     return Masker.of_vocabulary(VOCABULARY, SPECIAL, "[MASK]", **options)  # type: ignore[arg-type]
 
 
@@ -88,6 +88,22 @@ def test_whole_words_stay_whole() -> None:
         continues = np.isin(ids, range(65, 105))
         continues[1:] &= ~np.isin(ids[:-1], [CLS, SEP])
         assert (picked[1:][continues[1:]] == picked[:-1][continues[1:]]).all()
+
+
+def test_single_tokens() -> None:
+    """Without whole words, and one at a time, each token is masked 15 % of the time whatever stands beside it."""
+    mask = masker(whole_words=False, max_words=1)
+    chosen = both = pairs = 0
+    for at in range(2000):
+        rng = generator(5, Purpose.SAMPLE, 0, at)
+        ids = row(rng, 60)
+        picked = mask.mask(ids, rng).labels != IGNORED
+        continues = np.isin(ids[1:], range(65, 105)) & ~np.isin(ids[:-1], [CLS, SEP])
+        chosen, pairs = chosen + int(picked[1:][continues].sum()), pairs + int(continues.sum())
+        both += int((picked[1:] & picked[:-1])[continues].sum())
+    assert chosen / pairs == pytest.approx(0.15, abs=0.01)
+    # two tokens drawn without replacement: 0.15 * (9 - 1) / (60 - 1) for 9 of 60
+    assert both / pairs == pytest.approx(0.15 * 8 / 59, abs=0.003)
 
 
 @pytest.mark.parametrize("ids", [[CLS, SEP], [CLS, 7, SEP], [CLS, SEP, 7, SEP], [CLS, 70, 71, SEP]])

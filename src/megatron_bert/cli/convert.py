@@ -17,18 +17,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="the run's tokenizer, where it was moved since it was trained"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="number type of the weights written (default: %(default)s, the checkpoint's)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Converts and prints where the model is."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from megatron_bert.training.export import convert_run
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    steps = convert_run(args.source, args.destination, tokenizer=args.tokenizer, overwrite=args.overwrite)
+    dtype = getattr(torch, args.dtype)
+    steps = convert_run(args.source, args.destination, tokenizer=args.tokenizer, dtype=dtype, overwrite=args.overwrite)
     if args.json:
         print(json.dumps({"model": str(args.destination), "steps": steps}))
     else:

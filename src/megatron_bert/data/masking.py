@@ -69,13 +69,15 @@ class Masker:
         *,
         share: float = 0.15,
         max_words: int = 3,
+        whole_words: bool = True,
         segmenter: WordSegmenter | None = None,
     ) -> Masker:
-        """The masker for a WordPiece vocabulary (`token -> id`)."""
+        """The masker for a WordPiece vocabulary (`token -> id`). Without `whole_words` every token is a word of its
+        own, as in the first BERT (arXiv 1810.04805, section 3.1)."""
         size = max(vocabulary.values()) + 1
         continues, special = np.zeros(size, bool), np.ones(size, bool)
         for token, token_id in vocabulary.items():
-            continues[token_id] = token.startswith("##") and len(token) > 2
+            continues[token_id] = whole_words and token.startswith("##") and len(token) > 2
             special[token_id] = token in special_tokens
         return cls(share, max_words, vocabulary[mask_token], continues, special, np.flatnonzero(~special), segmenter)
 

@@ -129,6 +129,7 @@ class ObjectiveSection(_Section):
     kind: Literal["masked", "causal"] = "masked"
     mask_share: float = Field(0.15, gt=0, lt=1)  # of the tokens
     max_masked_words: int = Field(3, ge=1)  # longest run of words masked together; n words with p ~ 1/n
+    whole_words: bool = True  # all tokens of a word are masked together; false: a token is a word of its own
     chinese_segmenter: Literal["none", "jieba"] = "none"  # jieba: Chinese words of several characters are masked whole
     pair: Literal["sentence-order", "next-sentence", "none"] = "sentence-order"
 
@@ -138,6 +139,12 @@ class ObjectiveSection(_Section):
             for name, field in type(self).model_fields.items():
                 if name != "kind" and getattr(self, name) != field.default:
                     raise ValueError(f"kind=causal has neither masks nor pairs; leave {name} out")
+        return self
+
+    @model_validator(mode="after")
+    def _chinese_words_are_whole(self) -> Self:
+        if self.chinese_segmenter != "none" and not self.whole_words:
+            raise ValueError("chinese_segmenter finds words to be masked whole; leave it out or set whole_words=true")
         return self
 
     @property

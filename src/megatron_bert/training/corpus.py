@@ -168,6 +168,7 @@ class _Maker:
                 tokens[3],
                 share=objective.mask_share,
                 max_words=objective.max_masked_words,
+                whole_words=objective.whole_words,
                 segmenter=ChineseWords(vocabulary) if objective.chinese_segmenter == "jieba" else None,
             )
         rules = SampleRules(configuration.training.seed, data.row_tokens, data.short_share, objective.pair)

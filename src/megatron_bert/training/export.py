@@ -84,12 +84,20 @@ def _raise(problem: OSError | None) -> None:
         raise problem
 
 
-def convert_run(run: Path, folder: Path, *, tokenizer: Path | None = None, overwrite: bool = False) -> int:
+def convert_run(
+    run: Path,
+    folder: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> int:
     """Writes the newest good checkpoint of a pretraining run as a model folder, finished or not; the run may go on
     meanwhile.
 
     Args:
         tokenizer: the run's, where it is no longer at its recipe's `data.tokenizer`.
+        dtype: number type of the weights written; those of a checkpoint are float32, and are rounded to the nearest.
         overwrite: replace `folder`.
 
     Returns:
@@ -113,7 +121,7 @@ def convert_run(run: Path, folder: Path, *, tokenizer: Path | None = None, overw
     network = empty_network(config, causal=state["recipe"]["objective"]["kind"] == "causal")
     materialize(network, torch.device("cpu"))
     network.load_state_dict(load_model_weights(checkpoint))
-    write_model_folder(network, loaded, folder)
+    write_model_folder(network.to(dtype), loaded, folder)
     return step_of(checkpoint)
 
 
