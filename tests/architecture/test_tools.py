@@ -1,6 +1,8 @@
-"""The two tools that CI leans on: the size check and the runner of documented commands."""
+"""The size check and the runner of documented commands, which CI leans on; what the model in the box is measured with."""
 
 import importlib.util
+import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +82,35 @@ def test_a_command_that_was_run_already_is_not_run_again(tmp_path: Path) -> None
     assert run_page(tmp_path, page).returncode != 0
     assert run_page(tmp_path, page, "--done", "make demo").returncode == 0
     assert (tmp_path / "f").read_text() == "ran\n"
+
+
+def test_documents_are_held_out_by_their_titles(tmp_path: Path) -> None:
+    """One in a hundred, the same titles in every corpus, each document in one file."""
+    titles = [f"title {at}" for at in range(3000)]
+    for name in ("one", "other"):
+        with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"title": title, "text": name}) + "\n" for title in titles)
+    words = [str(tmp_path / name) for name in ("en", "one.jsonl.xz", "other.jsonl.xz")]
+    subprocess.run([sys.executable, str(ROOT / "tools" / "mini_split.py"), *words], check=True, capture_output=True)
+    parts = []
+    for name in ("en.jsonl", "en.held_out.jsonl"):
+        documents = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        by_corpus = [[item["title"] for item in documents if item["text"] == corpus] for corpus in ("one", "other")]
+        assert by_corpus[0] == by_corpus[1]
+        parts.append(by_corpus[0])
+    assert sorted(parts[0] + parts[1]) == sorted(titles)
+    assert 15 <= len(parts[1]) <= 45  # binomial(3000, 0.01): 30, within 2.75 standard deviations of 5.45
+
+
+def test_the_cloze_set_asks_for_one_token_each() -> None:
+    """100 English and 50 Chinese items, each with one mask and an answer that is one word or one character."""
+    lines = (ROOT / "tools" / "mini_cloze.tsv").read_text(encoding="utf-8").splitlines()
+    items = [line.split("\t") for line in lines]
+    languages = [language for language, *_ in items]
+    assert (languages.count("en"), languages.count("zh")) == (100, 50)
+    assert len({text for _, _, text, _ in items}) == len(items)
+    for language, kind, text, answer in items:
+        assert kind in ("grammar", "knowledge")
+        assert text.count("[MASK]") == 1
+        assert answer.isalnum()
+        assert language == "en" or len(answer) == 1

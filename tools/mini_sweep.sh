@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Short runs of recipes/mini.yaml with one thing changed, all over the same number of tokens, each measured alike:
+#   bash tools/mini_sweep.sh [ARM...]        after `tools/mini.sh CORPUS_DIR split vocabulary tokens`
+# The losses of the runs themselves are of their own masks, so what counts is the held-out report (15 %, all [MASK]) of
+# the last checkpoint: runs/mini/sweep/ARM.json. An arm that has one is left alone; one that was stopped goes on.
+# STEPS: of the recipe's batch. SETTINGS="--set key=value ..." for all arms.
+set -euo pipefail
+: "${PYTHON:=python3}" "${STEPS:=1500}" "${SETTINGS:=}"
+here=$(dirname "$0")
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+declare -A arms=(
+  [base]=""
+  [rate_1e-3]="optimizer.learning_rate=1.0e-3"
+  [rate_4e-3]="optimizer.learning_rate=4.0e-3"
+  [batch_half]="training.batch_samples=384 runtime.micro_batch_samples=320 training.steps=$((2 * STEPS))"
+  [batch_double]="training.batch_samples=1536 runtime.micro_batch_samples=1280 training.steps=$((STEPS / 2))
+    optimizer.learning_rate=2.8e-3"
+  [mask_15]="objective.mask_share=0.15"
+  [mask_30]="objective.mask_share=0.30"
+  [mask_40]="objective.mask_share=0.40"
+  [words]="objective.whole_words=true"
+  [6x384]="model.hidden_size=384 model.num_attention_heads=6 model.num_hidden_layers=6"
+  [18x256]="model.hidden_size=256 model.num_attention_heads=4 model.num_hidden_layers=18"
+  [dropout]="model.hidden_dropout_prob=0.1 model.attention_probs_dropout_prob=0.1"
+)
+
+for arm in ${*:-base rate_1e-3 rate_4e-3 6x384 18x256 mask_15 mask_30 mask_40 batch_half batch_double words dropout}; do
+  folder=runs/mini/sweep/$arm
+  [ -e "$folder.json" ] && continue
+  settings=()
+  for setting in training.steps="$STEPS" training.warmup_steps=$((STEPS / 10)) ${arms[$arm]}; do
+    settings+=(--set "$setting")
+  done
+  echo "== $arm: ${arms[$arm]}"
+  # shellcheck disable=SC2086 # SETTINGS is several words
+  "$PYTHON" -m megatron_bert pretrain "$here/../recipes/mini.yaml" --set output="$folder" "${settings[@]}" \
+    --set runtime.evaluate_every_steps=100000 --set runtime.checkpoint_every_steps=100000 $SETTINGS
+  "$PYTHON" -m megatron_bert convert "$folder" "$folder/bfloat16" --dtype bfloat16 --overwrite
+  "$PYTHON" "$here/mini_report.py" "$folder/bfloat16" runs/mini > "$folder.partial"
+  mv "$folder.partial" "$folder.json"
+  grep held_out "$folder.json"
+done
