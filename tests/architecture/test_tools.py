@@ -1,4 +1,4 @@
-"""The size check and the runner of documented commands, which CI leans on; what the model in the box is measured with."""
+"""The size check and the runner of documented commands, which CI leans on; what the model in the box is measured by."""
 
 import importlib.util
 import json
