@@ -6,6 +6,7 @@ A verb's module has ``add_arguments(parser)`` and ``run(args) -> int``. Its own 
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 
@@ -25,3 +26,8 @@ VERBS: dict[str, Verb] = {
     "plot": Verb("megatron_bert.cli.plot", "draw the curves of a pretraining run"),
     "convert": Verb("megatron_bert.cli.convert", "write a pretraining run's model for Transformers"),
 }
+
+
+def is_first_process() -> bool:
+    """Whether this is the one that reads and prints, of several that `torchrun` started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_bert.cli import is_first_process
 from megatron_bert.errors import SharedError, UserError
 
 if TYPE_CHECKING:
@@ -55,14 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give texts as arguments or in --file, not both")
     if not args.texts and not args.file and sys.stdin.isatty():
         raise UserError("no text: give texts as arguments, in --file F, or on the standard input")
-    if args.file and args.file != "-" and _is_first() and not os.path.exists(args.file):
+    if args.file and args.file != "-" and is_first_process() and not os.path.exists(args.file):
         raise UserError(f"--file {args.file}: no such file")
     return _fill(args)
-
-
-def _is_first() -> bool:
-    """Of the processes that `torchrun` started, the first one alone reads texts and shows something."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _fill(args: argparse.Namespace) -> int:
@@ -132,7 +128,7 @@ def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | 
 
 def _bar_options() -> dict[str, Any]:
     """A progress bar on a terminal, for what takes more than two seconds; it is gone when it is done."""
-    return {"disable": not (_is_first() and sys.stderr.isatty()), "delay": 2, "leave": False}
+    return {"disable": not (is_first_process() and sys.stderr.isatty()), "delay": 2, "leave": False}
 
 
 def _texts(args: argparse.Namespace) -> Iterator[list[Text]]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from megatron_bert.cli import VERBS
+from megatron_bert.cli import VERBS, is_first_process
 from megatron_bert.errors import LostProcess, SharedError, UserError
 
 PROGRAM = "megatron-bert"
@@ -107,7 +107,7 @@ def _log_on_stderr(prefix: str) -> Iterator[None]:
     logger = logging.getLogger("megatron_bert")
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.CRITICAL)
+    logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
     try:
         yield
     finally:
@@ -145,7 +145,7 @@ def _is_to_say(error: BaseException) -> bool:
     """
     if getattr(error, "__notes__", ()):
         return True
-    return os.environ.get("RANK" if isinstance(error, SharedError) else "LOCAL_RANK", "0") == "0"
+    return is_first_process() if isinstance(error, SharedError) else os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
+
+from megatron_bert.cli import is_first_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar, and it is ours
     outcome = pretrain(configuration, overwrite=args.overwrite, allow=args.allow, progress=not args.json)
-    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, the first one speaks
+    if not is_first_process():
         return 0
     if args.json:
         record = {

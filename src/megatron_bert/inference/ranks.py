@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_bert.errors import SharedError, UserError
+from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device
-from megatron_bert.parallel.launch import joined_processes, local_device, told
+from megatron_bert.parallel.launch import from_first, joined_processes, local_device
 from megatron_bert.parallel.mesh import ParallelMesh
 
 __all__ = ["ALONE", "InferenceRanks", "joined_ranks"]
@@ -39,26 +39,8 @@ class InferenceRanks:
     group: dist.ProcessGroup | None = None
 
     def from_first(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives on the first rank, on every rank; it is called there only. All have to call this.
-
-        Raises:
-            SharedError: on every rank, where `function` raises a `UserError` or an `OSError`. A process by itself sees
-                that error.
-        """
-        if self.mesh is None:
-            return function()
-        outcome: list[Any] = [None, ""]
-        cause: Exception | None = None
-        if self.is_first:
-            try:
-                outcome[0] = function()
-            except (UserError, OSError) as error:
-                outcome[1], cause = told(error), error
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        result, problem = outcome
-        if problem:
-            raise SharedError(problem) from cause
-        return result  # type: ignore[no-any-return]
+        """See `parallel.launch.from_first`; the others wait as long as it takes."""
+        return from_first(function, self.group)
 
     def stream_from_first(self, items: Iterable[Result]) -> Iterator[Result]:
         """On every rank the items of the first one, which alone goes through its own; each is handed on as it comes.

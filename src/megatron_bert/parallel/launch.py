@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,11 @@ __all__ = [
     "agreed",
     "check_agreement",
     "exchange",
+    "from_first",
     "is_launched",
     "joined_processes",
     "local_device",
     "ranks_of",
-    "told",
 ]
 
 Result = TypeVar("Result")
@@ -130,7 +130,7 @@ def agreed(function: Callable[[], Result]) -> Result:
     try:
         result.append(function())
     except (UserError, OSError) as error:
-        problem, cause = told(error), error
+        problem, cause = _told(error), error
     problems = exchange(problem)
     for first in filter(None, problems):
         ranks = [rank for rank, one in enumerate(problems) if one]
@@ -139,7 +139,33 @@ def agreed(function: Callable[[], Result]) -> Result:
     return result[0]
 
 
-def told(error: UserError | OSError) -> str:
+def from_first(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """What `function` gives on the first rank, on every rank; it is called there only. All ranks have to call this.
+
+    Args:
+        group: of all ranks; default: the one that they joined as.
+
+    Raises:
+        SharedError: on every rank, where `function` raises a `UserError` or an `OSError`. A process by itself sees that
+            error.
+    """
+    if not dist.is_initialized():
+        return function()
+    outcome: list[Any] = [None, ""]
+    cause: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except (UserError, OSError) as error:
+            outcome[1], cause = _told(error), error
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    result, problem = outcome
+    if problem:
+        raise SharedError(problem) from cause
+    return result  # type: ignore[no-any-return]
+
+
+def _told(error: UserError | OSError) -> str:
     """What to tell the other ranks of an error."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

@@ -15,7 +15,7 @@ from megatron_bert.checkpoint.writer import CheckpointWriter, remove_unfinished
 from megatron_bert.data.files import written_aside
 from megatron_bert.errors import SharedError, UserError
 from megatron_bert.model import MegatronBertConfig
-from megatron_bert.parallel.launch import agreed
+from megatron_bert.parallel.launch import agreed, from_first
 from megatron_bert.training.configuration import PretrainConfiguration
 from megatron_bert.training.export import write_model_folder
 from megatron_bert.training.lock import run_locked
@@ -76,23 +76,23 @@ def pretrain(
     """
     with joined(configuration) as device, ExitStack() as stack:
         setup = set_up(configuration, device)
-        setup.ranks.from_first(lambda: stack.enter_context(run_locked(configuration.output)))
+        from_first(lambda: stack.enter_context(run_locked(configuration.output)))
         return _run(setup, overwrite=overwrite, allow=allow, progress=progress)
 
 
 def _run(setup: Setup, *, overwrite: bool, allow: Sequence[str], progress: bool) -> Outcome:
     configuration, ranks = setup.configuration, setup.ranks
     folder, steps = configuration.output, configuration.training.steps
-    checkpoint = None if overwrite else ranks.from_first(lambda: _checkpoint(folder, setup.identity, allow))
+    checkpoint = None if overwrite else from_first(lambda: _checkpoint(folder, setup.identity, allow))
     state, objective = setup.begin(checkpoint)
     stopped_by = None
     if not agreed(lambda: _is_finished(state, folder, steps)):
-        ranks.from_first(lambda: _make_room(configuration, overwrite=overwrite))
+        from_first(lambda: _make_room(configuration, overwrite=overwrite))
         log.info("%s parameters on %s", f"{state.model.num_parameters():,}", setup.summary())
         stopped_by = _train(setup, state, objective, progress=progress)
         if not stopped_by:
             write_model_folder(state.model, setup.tokenizer, folder / "model", ranks)
-        ranks.from_first(lambda: _plot(folder))
+        from_first(lambda: _plot(folder))
     trained = None if stopped_by else folder / "model"
     return Outcome(state.step, steps, stopped_by, trained, folder / "metrics.jsonl", state.validation)
 

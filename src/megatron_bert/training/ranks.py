@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.errors import UserError
-from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
-from megatron_bert.parallel.launch import agreed, exchange
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.streams import key
 from megatron_bert.parallel.watch import Watch
@@ -25,8 +22,6 @@ from megatron_bert.training.configuration import MeshSection
 __all__ = ["ALONE", "Ranks"]
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -107,16 +102,6 @@ class Ranks:
         """What to seed PyTorch's random stream with; see `parallel.streams`."""
         return key(*parts, self.data_rank)
 
-    def from_first(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives on the first process, everywhere; it is called there only.
-
-        Raises:
-            SharedError: on every rank, where it raises `UserError` or `OSError`.
-        """
-        result: Any = agreed(lambda: function() if self.is_first else None)
-        first: Result = exchange(result)[0]
-        return first
-
     def sum_over_data(self, values: Tensor) -> Tensor:
         """The sum of `values` over the parts of a step, in place; the same on every rank."""
         if self.mesh is not None:
@@ -131,10 +116,6 @@ class Ranks:
             sum_sequence_gradients(model, self.mesh.region)
             return gradient_norm(model.parameters())
         return nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
-
-    def call(self, model: Any, function: Callable[..., Result], *args: Any) -> Result:
-        """`function(*args)`, which uses parts of `model`."""
-        return call_within(model, function, *args)
 
     @contextmanager
     def watched(self, patience_seconds: float) -> Iterator[Callable[[str], None]]:

@@ -138,7 +138,8 @@ def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
         UserError: the processes do not fit the mesh, or what `open_corpus` finds.
     """
     ranks = agreed(lambda: Ranks.of(configuration.mesh, device))
-    check_agreement(_facts(configuration))
+    if ranks.mesh is not None:
+        check_agreement(_facts(configuration))
     tokenizer = agreed(lambda: load_tokenizer(configuration.data.tokenizer))
     corpus = agreed(lambda: open_corpus(configuration, tokenizer))
     layout = agreed(lambda: corpus.best_layout(_layout(configuration, ranks)))

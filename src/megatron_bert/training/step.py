@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bert.parallel.data import call_within
 from megatron_bert.training.microbatch import MicroBatch, moved
 from megatron_bert.training.objective import Losses, Objective, mean_loss
 from megatron_bert.training.ranks import ALONE, Ranks
@@ -59,13 +60,11 @@ class Sums:
         """Those of all ranks together, as tensors; one process keeps what it has."""
         if ranks.mesh is None:
             return self
-        values = vars(self)
-        counted = torch.tensor([value for value in values.values() if not isinstance(value, Tensor)], dtype=_SUMMED)
-        measured = torch.stack([value.to(_SUMMED) for value in values.values() if isinstance(value, Tensor)])
-        totals = ranks.sum_over_data(torch.cat([moved(counted, device), measured])).unbind()
-        names = [name for name, value in values.items() if not isinstance(value, Tensor)]
-        names += [name for name, value in values.items() if isinstance(value, Tensor)]
-        return Sums(**dict(zip(names, totals, strict=True)))
+        measured = {name: value.to(_SUMMED) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        counted = {name: value for name, value in vars(self).items() if name not in measured}
+        counts = moved(torch.tensor([*counted.values()], dtype=_SUMMED), device)
+        totals = ranks.sum_over_data(torch.cat([torch.stack([*measured.values()]), counts]))
+        return Sums(**dict(zip([*measured, *counted], totals.unbind(), strict=True)))
 
     def where(self, applied: Tensor) -> Sums:
         """These sums, or for a step that was not applied none of its losses; without waiting for the device."""
@@ -123,16 +122,15 @@ def train_step(
     device, model = objective.device, objective.model
     if ranks.mesh is not None:
         num_masked, num_pairs = ranks.sum_over_data(moved(torch.tensor([num_masked, num_pairs]), device)).unbind()
-    sums, total = Sums(), torch.zeros((), device=device)
+    sums = Sums()
     for batch in micro_batches:
-        losses = ranks.call(model, objective, batch)
-        loss = mean_loss(losses, num_masked, num_pairs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums, total = sums.plus(Sums.of(losses, batch)), total + loss.detach()
-    norm = ranks.complete_gradients(model)
-    applied = norm.isfinite() & ranks.sum_over_data(total).isfinite()
+        losses = call_within(model, objective, batch)
+        mean_loss(losses, num_masked, num_pairs).backward()  # type: ignore[no-untyped-call]
+        sums = sums.plus(Sums.of(losses, batch))
+    sums, norm = sums.over(ranks, device), ranks.complete_gradients(model)
+    applied = norm.isfinite() & torch.isfinite(torch.as_tensor(sums.masked_lm + sums.pair))
     _update(optimizer, norm, applied, clip_norm)
-    return StepResult(sums.over(ranks, device).where(applied), norm, applied)
+    return StepResult(sums.where(applied), norm, applied)
 
 
 def _update(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, clip_norm: float) -> None:
@@ -154,4 +152,4 @@ def _update(optimizer: torch.optim.Optimizer, norm: Tensor, applied: Tensor, cli
 @torch.no_grad()
 def evaluate_batch(objective: Objective, batch: MicroBatch, ranks: Ranks = ALONE) -> Sums:
     """The losses of one batch of every rank, for a model in evaluation mode."""
-    return Sums.of(ranks.call(objective.model, objective, batch), batch).over(ranks, objective.device)
+    return Sums.of(call_within(objective.model, objective, batch), batch).over(ranks, objective.device)
