@@ -280,7 +280,7 @@ def _parts(args: argparse.Namespace, overrides: list[str], folder: Path) -> tupl
 
     configuration = load_configuration(args.recipe, [*overrides, f"output={folder / 'none'}"])
     tokenizer = load_tokenizer(configuration.data.tokenizer)
-    network = empty_network(network_config(configuration, tokenizer), causal=False)
+    network = empty_network(network_config(configuration, tokenizer), configuration.objective)
     materialize(network, torch.device("cpu"))
     fill_network(network, None, configuration.training.seed)
     return configuration, network, open_corpus(configuration, tokenizer)

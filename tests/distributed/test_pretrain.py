@@ -79,6 +79,16 @@ def test_the_same_run(
     assert_same_run(run, alone)
 
 
+def test_muon_on_a_mesh(world: Callable[[int], World], folder: Path) -> None:
+    """Its iteration rounds to bfloat16: a rounding of float32 before it may come out as one of bfloat16."""
+    recipe, muon = folder / "recipe.yaml", ["optimizer.kind=muon", "training.steps=10"]
+    alone, spread = folder / "muon", folder / "muon-spread"
+    sets = [word for override in (f"output={alone}", *muon) for word in ("--set", override)]
+    assert main(["pretrain", str(recipe), "--json", *sets]) == 0
+    world(4).run(pretrain_cases.trains, recipe, f"output={spread}", "mesh.tensor=2", *muon)
+    assert losses(spread) == pytest.approx(losses(alone), rel=1e-3)
+
+
 @pytest.mark.skipif("ALL_LAYOUTS" not in os.environ, reason="half an hour: set ALL_LAYOUTS=1 to run every combination")
 @pytest.mark.parametrize("micro", [8, 2])
 @pytest.mark.parametrize("packing", ["false", "true"])

@@ -248,7 +248,8 @@ def test_what_a_run_started_from_may_go(
     ("settings", "allowed", "message"),
     [
         (["optimizer.learning_rate=0.1"], [], "optimizer.learning_rate was 0.005, is 0.1. Put it back"),
-        (["training.seed=2", "objective.pair=none"], ["training.seed"], "objective.pair was sentence-order, is none."),
+        (["training.seed=2", "objective.mask_share=0.2"], ["training.seed"], "objective.mask_share was 0.15, is 0.2."),
+        (["objective.pair=none"], ["objective.pair"], "is none. They cannot be changed"),
         (["model.hidden_size=128"], ["model.hidden_size"], "model.hidden_size was 64, is 128. They cannot be changed"),
         (["training.steps=3"], ["training.steps"], "has done 12 steps already, more than training.steps 3"),
         ([], ["optimizer.rate"], "--allow optimizer.rate: there is no such key"),

@@ -56,6 +56,21 @@ def test_shares(tokens: int) -> None:
     assert fates["other"] / chosen == pytest.approx(0.1 - by_chance, abs=0.005)
 
 
+@pytest.mark.parametrize(("mask_prob", "random_prob"), [(1.0, 0.0), (0.5, 0.25)])
+def test_other_fates(mask_prob: float, random_prob: float) -> None:
+    fates: Counter[str] = Counter()
+    mask = masker(mask_replace_prob=mask_prob, random_replace_prob=random_prob)
+    for at in range(500):
+        rng = generator(6, Purpose.SAMPLE, 0, at)
+        ids = row(rng, 60)
+        seen, labels = mask.mask(ids, rng)
+        replaced, kept = seen[labels != IGNORED] == MASK, seen[labels != IGNORED] == ids[labels != IGNORED]
+        fates.update({"mask": int(replaced.sum()), "keep": int(kept.sum()), "all": len(kept)})
+    by_chance = random_prob / len(PIECES)
+    assert fates["mask"] / fates["all"] == pytest.approx(mask_prob, abs=0.02)
+    assert fates["keep"] / fates["all"] == pytest.approx(1 - mask_prob - random_prob + by_chance, abs=0.02)
+
+
 @pytest.mark.parametrize("words", [40, 370])
 @pytest.mark.parametrize("longest", [1, 3])
 def test_runs_of_words(words: int, longest: int) -> None:

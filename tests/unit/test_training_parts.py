@@ -140,7 +140,7 @@ def test_bfloat16_keeps_float32_weights_and_a_near_loss() -> None:
 
 def test_decay_spares_biases_and_layer_norms() -> None:
     model = tiny_model()
-    decaying, spared = parameter_groups(model, 0.01)
+    decaying, spared = parameter_groups(model.parameters(), 0.01)
     assert (decaying["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameter in spared["params"]:

@@ -2,8 +2,9 @@
 
 Whole words in runs of 1 to 3 words, a run of n words with probability proportional to 1/n; 15 % of the tokens; of the
 chosen tokens 80 % become [MASK] (the task itself), 10 % another token and 10 % stay (so that the model cannot take an
-unmasked token for right: at fine-tuning there is no [MASK]). Sources: Devlin et al. 2018 (arXiv 1810.04805, section
-3.1), the whole-word note of their repository, and for the runs Lan et al. 2019 (arXiv 1909.11942, section 4.1).
+unmasked token for right: at fine-tuning there is no [MASK]). These are the defaults. Sources: Devlin et al. 2018 (arXiv
+1810.04805, section 3.1), the whole-word note of their repository, and for the runs Lan et al. 2019 (arXiv 1909.11942,
+section 4.1).
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Masker:
         special: bool [V], which ids are special tokens: never chosen, never drawn.
         ordinary_ids: the ids that a chosen token may be replaced with.
         segmenter: for languages written without spaces.
+        mask_replace_prob, random_replace_prob: of the chosen tokens, those that become [MASK] and those that become
+            another token; the rest stays.
     """
 
     share: float
@@ -59,6 +62,8 @@ class Masker:
     special: npt.NDArray[np.bool_]
     ordinary_ids: IntArray
     segmenter: WordSegmenter | None = None
+    mask_replace_prob: float = 0.8
+    random_replace_prob: float = 0.1
 
     @classmethod
     def of_vocabulary(
@@ -71,6 +76,8 @@ class Masker:
         max_words: int = 3,
         whole_words: bool = True,
         segmenter: WordSegmenter | None = None,
+        mask_replace_prob: float = 0.8,
+        random_replace_prob: float = 0.1,
     ) -> Masker:
         """The masker for a WordPiece vocabulary (`token -> id`). Without `whole_words` every token is a word of its
         own, as in the first BERT (arXiv 1810.04805, section 3.1)."""
@@ -79,7 +86,10 @@ class Masker:
         for token, token_id in vocabulary.items():
             continues[token_id] = whole_words and token.startswith("##") and len(token) > 2
             special[token_id] = token in special_tokens
-        return cls(share, max_words, vocabulary[mask_token], continues, special, np.flatnonzero(~special), segmenter)
+        return cls(
+            share, max_words, vocabulary[mask_token], continues, special, np.flatnonzero(~special), segmenter,
+            mask_replace_prob, random_replace_prob,
+        )  # fmt: skip
 
     def mask(self, ids: npt.NDArray[Any], rng: np.random.Generator) -> Masked:
         """Masks one row; special tokens and the two sides of one stay apart."""
@@ -107,8 +117,8 @@ class Masker:
         labels = np.full(len(ids), IGNORED, np.int64)
         labels[positions] = ids[positions]
         fate = rng.random(len(positions))
-        ids[positions[fate < 0.8]] = self.mask_id
-        random_positions = positions[fate >= 0.9]
+        ids[positions[fate < self.mask_replace_prob]] = self.mask_id
+        random_positions = positions[fate >= 1 - self.random_replace_prob]
         ids[random_positions] = self.ordinary_ids[rng.integers(len(self.ordinary_ids), size=len(random_positions))]
         return Masked(ids, labels)
 

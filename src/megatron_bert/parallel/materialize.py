@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from megatron_bert.parallel.region import local_part
 from megatron_bert.parallel.streams import key
 
-__all__ = ["initialize", "local_slices", "materialize", "parameter_names", "whole_parameters"]
+__all__ = ["initialize", "local_slices", "materialize", "parameter_names", "whole_parameters", "whole_value"]
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -79,13 +79,17 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     put one parameter together at a time.
     """
     for parameter, names in parameter_names(model):
-        value: Any = parameter
-        if isinstance(value, DTensor):
-            for axis in range(value.device_mesh.ndim):  # data-parallel parts of a tensor-parallel part come first
-                placements = [Replicate() if at == axis else old for at, old in enumerate(value.placements)]
-                value = value.redistribute(placements=placements)
-            value = value.to_local()
-        yield names[0], value.cpu()
+        yield names[0], whole_value(parameter).cpu()
+
+
+def whole_value(tensor: Tensor) -> Tensor:
+    """The whole of a distributed tensor, put together on every rank, or a tensor that is not distributed."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for axis in range(tensor.device_mesh.ndim):  # data-parallel parts of a tensor-parallel part come first
+        placements = [Replicate() if at == axis else old for at, old in enumerate(tensor.placements)]
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

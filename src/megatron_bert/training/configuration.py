@@ -131,6 +131,8 @@ class ObjectiveSection(_Section):
     max_masked_words: int = Field(3, ge=1)  # longest run of words masked together; n words with p ~ 1/n
     whole_words: bool = True  # all tokens of a word are masked together; false: a token is a word of its own
     chinese_segmenter: Literal["none", "jieba"] = "none"  # jieba: Chinese words of several characters are masked whole
+    mask_replace_prob: float = Field(0.8, ge=0, le=1)  # of the chosen tokens: become [MASK]
+    random_replace_prob: float = Field(0.1, ge=0, le=1)  # become another token; the rest stays
     pair: Literal["sentence-order", "next-sentence", "none"] = "sentence-order"
 
     @model_validator(mode="after")
@@ -147,6 +149,15 @@ class ObjectiveSection(_Section):
             raise ValueError("chinese_segmenter finds words to be masked whole; leave it out or set whole_words=true")
         return self
 
+    @model_validator(mode="after")
+    def _replaced_is_at_most_all(self) -> Self:
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise ValueError(
+                f"mask_replace_prob {self.mask_replace_prob} and random_replace_prob {self.random_replace_prob} are "
+                f"more than 1 together"
+            )
+        return self
+
     @property
     def predicted_share(self) -> float:
         """Of the tokens, those that are predicted."""
@@ -154,8 +165,11 @@ class ObjectiveSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """AdamW with decoupled weight decay; none on biases and layer norms."""
+    """AdamW with decoupled weight decay, none on biases and layer norms; or Muon on the layers' matrices and AdamW on
+    the rest."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    momentum: float = Field(0.95, ge=0, lt=1)  # Muon's
     learning_rate: float = Field(gt=0)  # at the end of the warm-up
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -164,6 +178,12 @@ class OptimizerSection(_Section):
     clip_norm: float = Field(1.0, gt=0)  # of the gradient of all parameters together
     schedule: Literal["linear", "cosine"] = "linear"  # how the rate falls from the warm-up's end to the last step
     final_share: float = Field(0.0, ge=0, le=1)  # of the learning rate: what it falls to
+
+    @model_validator(mode="after")
+    def _momentum_is_of_muon(self) -> Self:
+        if self.kind != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError("momentum is Muon's; leave it out or set kind=muon")
+        return self
 
 
 class TrainingSection(_Section):

@@ -170,6 +170,8 @@ class _Maker:
                 max_words=objective.max_masked_words,
                 whole_words=objective.whole_words,
                 segmenter=ChineseWords(vocabulary) if objective.chinese_segmenter == "jieba" else None,
+                mask_replace_prob=objective.mask_replace_prob,
+                random_replace_prob=objective.random_replace_prob,
             )
         rules = SampleRules(configuration.training.seed, data.row_tokens, data.short_share, objective.pair)
         return cls(rules, masker, *(vocabulary[token] for token in tokens[:3]))

@@ -22,6 +22,7 @@ from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig
 from megatron_bert.parallel.launch import agreed
 from megatron_bert.parallel.materialize import materialize, parameter_names, whole_parameters
+from megatron_bert.training.configuration import ObjectiveSection
 from megatron_bert.training.network import empty_network
 from megatron_bert.training.ranks import ALONE, Ranks
 
@@ -118,7 +119,7 @@ def convert_run(
     state = read_state(checkpoint)
     loaded = _tokenizer(tokenizer or Path(state["recipe"]["data"]["tokenizer"]), state["identity"]["data.tokenizer"])
     config = MegatronBertConfig.from_dict(state["config"])
-    network = empty_network(config, causal=state["recipe"]["objective"]["kind"] == "causal")
+    network = empty_network(config, ObjectiveSection.model_validate(state["recipe"]["objective"]))
     materialize(network, torch.device("cpu"))
     network.load_state_dict(load_model_weights(checkpoint))
     network.to(dtype)  # type: ignore[arg-type]

@@ -12,16 +12,21 @@ from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model
 from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.errors import UserError
-from megatron_bert.model import MegatronBertConfig, MegatronBertForCausalLM, MegatronBertForPreTraining
+from megatron_bert.model import (
+    MegatronBertConfig,
+    MegatronBertForCausalLM,
+    MegatronBertForMaskedLM,
+    MegatronBertForPreTraining,
+)
 from megatron_bert.parallel.materialize import initialize
-from megatron_bert.training.configuration import ModelSection, PretrainConfiguration
+from megatron_bert.training.configuration import ModelSection, ObjectiveSection, PretrainConfiguration
 from megatron_bert.training.initialization import scale_residual_projections
 
 __all__ = ["Network", "empty_network", "fill_network", "network_config"]
 
 log = logging.getLogger(__name__)
 
-Network = MegatronBertForPreTraining | MegatronBertForCausalLM
+Network = MegatronBertForPreTraining | MegatronBertForMaskedLM | MegatronBertForCausalLM
 
 
 def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
@@ -37,13 +42,17 @@ def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTo
     return _config_of(section.start_from, configuration, tokenizer)
 
 
-def empty_network(config: MegatronBertConfig, *, causal: bool) -> Network:
-    """A model of this shape in training mode, on the meta device: names and shapes, no values."""
+def empty_network(config: MegatronBertConfig, objective: ObjectiveSection) -> Network:
+    """A model of this shape with the objective's heads, in training mode, on the meta device: names and shapes, no
+    values.
+    """
+    config.is_decoder = objective.kind == "causal"
     network: Network
     with torch.device("meta"):
-        if causal:
-            config.is_decoder = True
+        if config.is_decoder:
             network = MegatronBertForCausalLM(config)
+        elif objective.pair == "none":
+            network = MegatronBertForMaskedLM(config)
         else:
             network = MegatronBertForPreTraining(config)
     network.train()

@@ -58,7 +58,7 @@ def refuse_changes(
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and now.get(key) != GONE
     }
-    fixed = [f"{key} {difference}" for key, difference in changed.items() if _never(key)]
+    fixed = [f"{key} {difference}" for key, difference in changed.items() if _never(key, before, now)]
     if fixed:
         raise UserError(
             f"{where} has other weights: {'; '.join(fixed)}. They cannot be changed in a run (--allow does not reach "
@@ -75,8 +75,10 @@ def refuse_changes(
     return changed
 
 
-def _never(key: str) -> bool:
-    return key == "data.tokenizer" or (key.startswith("model.") and key not in _MAY_CHANGE_OF_MODEL)
+def _never(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if key == "objective.pair":  # with pairs there is a head for them
+        return "none" in (before.get(key), now.get(key))
+    return key in ("data.tokenizer", "objective.kind") or (key.startswith("model.") and key not in _MAY_CHANGE_OF_MODEL)
 
 
 def _no_key(key: str, known: Collection[str]) -> str:

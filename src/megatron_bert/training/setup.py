@@ -88,7 +88,7 @@ class Setup:
         seed = configuration.training.seed
         torch.manual_seed(ranks.stream_seed(seed))
         config = agreed(lambda: self._config(checkpoint))
-        network = empty_network(config, causal=configuration.objective.kind == "causal")
+        network = empty_network(config, configuration.objective)
         objective = agreed(lambda: self._spread(network))
         materialize(network, device)
         if checkpoint is None:
