@@ -13,9 +13,11 @@ declare -A arms=(
   [base]=""
   [rate_1e-3]="optimizer.learning_rate=1.0e-3"
   [rate_4e-3]="optimizer.learning_rate=4.0e-3"
-  [batch_half]="training.batch_samples=384 runtime.micro_batch_samples=320 training.steps=$((2 * STEPS))"
-  [batch_double]="training.batch_samples=1536 runtime.micro_batch_samples=1280 training.steps=$((STEPS / 2))
+  [batch_half]="training.batch_samples=288 runtime.micro_batch_samples=192 training.steps=$((2 * STEPS))"
+  [batch_double]="training.batch_samples=1152 runtime.micro_batch_samples=768 training.steps=$((STEPS / 2))
     optimizer.learning_rate=2.8e-3"
+  [adamw]="optimizer.kind=adamw"
+  [fates]="objective.mask_replace_prob=0.8 objective.random_replace_prob=0.1"
   [mask_15]="objective.mask_share=0.15"
   [mask_30]="objective.mask_share=0.30"
   [mask_40]="objective.mask_share=0.40"
@@ -25,7 +27,7 @@ declare -A arms=(
   [dropout]="model.hidden_dropout_prob=0.1 model.attention_probs_dropout_prob=0.1"
 )
 
-for arm in ${*:-base rate_1e-3 rate_4e-3 6x384 18x256 mask_15 mask_30 mask_40 batch_half batch_double words dropout}; do
+for arm in ${*:-base adamw rate_1e-3 rate_4e-3 6x384 18x256 mask_15 mask_30 mask_40 fates batch_half batch_double words dropout}; do
   folder=runs/mini/sweep/$arm
   [ -e "$folder.json" ] && continue
   settings=()

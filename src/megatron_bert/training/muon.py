@@ -3,8 +3,8 @@
 Muon: K. Jordan et al. 2024, *Muon: An optimizer for hidden layers in neural networks*
 (kellerjordan.github.io/posts/muon). The rate's scale, so that AdamW's learning rate and weight decay carry over: J. Liu
 et al. 2025, *Muon is Scalable for LLM Training* (arXiv 2502.16982, section 2.2). The numbers are those of
-`torch.optim.Muon`, which takes one matrix at a time, so that a small network's step is mostly launches, and cannot leave
-out a step without the host having to ask the device.
+`torch.optim.Muon`, which takes one matrix at a time, so that a small network's step is mostly launches, and cannot
+leave out a step without the host having to ask the device.
 
 Legend: n matrices of one shape, A rows, B columns.
 """
