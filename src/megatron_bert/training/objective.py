@@ -80,8 +80,9 @@ class Objective:
         hidden_MD = output.last_hidden_state.flatten(0, 1).index_select(0, batch.positions)
         loss, correct = self.token_losses(parts.cls.predictions, hidden_MD, batch.targets)
         pair_loss = pair_correct = torch.zeros((), device=self.device)
-        if batch.pair_labels is not None:
-            pair_logits = parts.cls.seq_relationship(output.pooler_output).float()
+        pair_head = getattr(parts.cls, "seq_relationship", None)  # where the objective has pairs
+        if batch.pair_labels is not None and pair_head is not None:
+            pair_logits = pair_head(output.pooler_output).float()
             pair_loss = functional.cross_entropy(pair_logits, batch.pair_labels, ignore_index=IGNORED, reduction="sum")
             pair_correct = (pair_logits.detach().argmax(-1) == batch.pair_labels).sum().float()
         return Losses(loss, pair_loss, correct, pair_correct)
