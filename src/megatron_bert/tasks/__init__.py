@@ -1,0 +1,1 @@
+"""Fine-tuning and the paper's scorers, one file a task."""
