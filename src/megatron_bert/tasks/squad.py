@@ -101,7 +101,7 @@ def features(examples: Sequence[Question], tokenizer: Any, options: WindowOption
     """
     if options.stride is not None and options.stride < 1:
         raise UserError(f"stride {options.stride}: at least 1 token is needed")
-    windows = []
+    windows: list[Window] = []
     for number, example in enumerate(examples):
         encode = {"add_special_tokens": False, "verbose": False}
         question = tokenizer(example.question, **encode)["input_ids"][: options.max_question]
