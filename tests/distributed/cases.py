@@ -29,6 +29,7 @@ from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import initialize, materialize, whole_parameters
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.parallelize import parallelize
+from megatron_bert.training.execution import build_objective
 
 TOLERANCE = 1e-5  # of a tensor's norm; float32 rounds at 6e-8, and sums are in another order
 SHAPE = {
@@ -128,6 +129,14 @@ def recompute_layers(model: Any) -> None:
         )
 
 
+def compile_as_the_trainer(model: Any, mesh: ParallelMesh) -> None:
+    """Spreads the model with its layers compiled."""
+    build_objective(
+        model, torch.device("cpu"), precision="float32", rows=2, row_tokens=13, predicted_share=0.15, compiled=True,
+        mesh=mesh,
+    )  # fmt: skip
+
+
 @dataclass
 class Run:
     """What a run of some steps saw: losses, the first gradients and their norm, and the weights at its end."""
@@ -175,13 +184,17 @@ def equals_single_process(
     sequence_parallel: bool = False,
     packed: bool = False,
     recompute: bool = False,
+    compiled: bool = False,
     steps: int = 2,
     num_micro_batches: int = 2,
 ) -> None:
     """Losses, the first step's gradients and their norm, and the weights after the last step."""
     expected = single_process(packed, steps, num_micro_batches)
     mesh, model = mesh_of(tensor, sequence_parallel, replicate), build()
-    parallelize(model, mesh, prepare_layers=recompute_layers if recompute else None)
+    if compiled:
+        compile_as_the_trainer(model, mesh)
+    else:
+        parallelize(model, mesh, prepare_layers=recompute_layers if recompute else None)
     optimizer = optimizer_of(model)
     for step in range(steps):
         loss = add_gradients(model, step_batches(num_micro_batches, packed=packed), mesh)
@@ -194,6 +207,7 @@ def equals_single_process(
         optimizer.zero_grad()
     for (name, parameter), reference in zip(model.named_parameters(), expected.weights, strict=True):
         assert_close(parameter.detach(), reference, name)
+    assert not compiled or torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
 def goes_on_at_another_layout(folder: Path, *, saved_at: int, layouts: list[int]) -> None:

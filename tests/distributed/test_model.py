@@ -35,5 +35,9 @@ def test_recomputed_layers(world, sequence_parallel):
     world(4).run(cases.equals_single_process, tensor=2, sequence_parallel=sequence_parallel, recompute=True)
 
 
+def test_compiled_layers(world):
+    world(2).run(cases.equals_single_process, tensor=2, packed=True, compiled=True)
+
+
 def test_twenty_steps(world):
     world(2).run(cases.equals_single_process, tensor=2, sequence_parallel=True, packed=True, steps=20)

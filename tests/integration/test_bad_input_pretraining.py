@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_bert.cli.main import main
 from megatron_bert.data.indexed import IndexedWriter, Provenance, files_of
@@ -205,3 +206,17 @@ def test_no_room_for_the_output(folder: Path, verb: str) -> None:
     assert left == ([".lock", "checkpoints", "metrics.jsonl", "out", "recipe.yaml"] if verb == "pretrain" else [])
     if verb == "pretrain":
         assert [json.loads(line)["step"] for line in (folder / "deep/out/metrics.jsonl").read_text().splitlines()]
+
+
+def test_out_of_gpu_memory_says_what_to_lower(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("megatron_bert.training.loop.train_step", refuse)
+    assert main(["pretrain", str(folder / "recipe.yaml"), "--json"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: out of GPU memory: lower runtime.micro_batch_samples (it is " in line
+    assert "runtime.recompute=full" in line
+    assert "megatron-bert plan" in line

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_bert.checkpoint.native import checkpoints_folder, list_checkpoints, newest_good, read_state
 from megatron_bert.checkpoint.writer import CheckpointWriter, remove_unfinished
 from megatron_bert.data.files import written_aside
@@ -71,13 +73,17 @@ def pretrain(
         UserError: the data is missing, damaged or made with another vocabulary, nothing can be trained from it, the run
             was made with another recipe, all its checkpoints are damaged, another process is at it, too many steps
             in a row were not finite, or the processes do not fit the mesh.
+        UserError: the device's memory is too small.
         LostProcess: another process of the run is gone or does not answer.
         OSError: what the file system says.
     """
     with joined(configuration) as device, ExitStack() as stack:
         setup = set_up(configuration, device)
         from_first(lambda: stack.enter_context(run_locked(configuration.output)))
-        return _run(setup, overwrite=overwrite, allow=allow, progress=progress)
+        try:
+            return _run(setup, overwrite=overwrite, allow=allow, progress=progress)
+        except torch.OutOfMemoryError as error:
+            raise UserError(_out_of_memory(setup)) from error
 
 
 def _run(setup: Setup, *, overwrite: bool, allow: Sequence[str], progress: bool) -> Outcome:
@@ -95,6 +101,14 @@ def _run(setup: Setup, *, overwrite: bool, allow: Sequence[str], progress: bool)
         from_first(lambda: _plot(folder))
     trained = None if stopped_by else folder / "model"
     return Outcome(state.step, steps, stopped_by, trained, folder / "metrics.jsonl", state.validation)
+
+
+def _out_of_memory(setup: Setup) -> str:
+    runtime, rows = setup.configuration.runtime, setup.layout.micro_samples
+    ways = [] if rows == 1 else [f"runtime.micro_batch_samples (it is {rows})"]
+    ways += [] if runtime.recompute == "full" else ["activations with runtime.recompute=full"]
+    ways.append(f"data.row_tokens (it is {setup.configuration.data.row_tokens})")
+    return f"out of GPU memory: lower {', or '.join(ways)}; `megatron-bert plan` says what a size needs"
 
 
 def _checkpoint(folder: Path, identity: Mapping[str, Any], allow: Sequence[str]) -> Path | None:
