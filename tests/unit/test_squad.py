@@ -85,7 +85,7 @@ def write(tmp_path, lines):
     return path
 
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] who ? the old king of france".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "who", "?", "the", "old", "king", "of", "france"]
 OWN = {"question": "who?", "context": "the old king of france", "answers": [{"text": "king", "answer_start": 8}]}
 TINY = transformers.BertTokenizer(vocab={w: i for i, w in enumerate(WORDS)})
 
