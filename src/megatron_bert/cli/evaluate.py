@@ -100,8 +100,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         records = predict(task, scorer, args.output, belongs_to)
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
-    figures: dict[str, Any] = task.result(records)
-    return figures | task.settings | {"model": "causal" if scorer.causal else "masked"}
+    return {**task.result(records), **task.settings, "model": "causal" if scorer.causal else "masked"}
 
 
 def _task(args: argparse.Namespace, scorer: TokenScorer) -> Any:

@@ -1,4 +1,5 @@
-"""Log-probabilities of given tokens, in batches of similar length; the vocabulary projected where tokens are scored only.
+"""Log-probabilities of given tokens, in batches of similar length; only where tokens are scored is the vocabulary
+projected.
 
 T scored tokens, D hidden, V vocabulary.
 """
@@ -103,7 +104,7 @@ class TokenScorer:
         targets_T = torch.tensor([token for request in batch for token in request.targets], device=states_TD.device)
         values: list[float] = []
         best: list[int] = []
-        blocks = zip(states_TD.split(_PROJECTED_TOGETHER), targets_T.split(_PROJECTED_TOGETHER), strict=True)
+        blocks = zip(*(torch.split(rows, _PROJECTED_TOGETHER) for rows in (states_TD, targets_T)), strict=True)
         for block_TD, of_block_T in blocks:
             log_probs_TV = self.model.cls(block_TD)[:, : self.num_tokens].float().log_softmax(dim=-1)
             values += log_probs_TV.gather(1, of_block_T[:, None])[:, 0].double().tolist()
@@ -148,11 +149,13 @@ def load_scorer(
     config = check_model(path_or_name)
     tokenizer = load_tokenizer(path_or_name)
     check_vocabulary(config, max(tokenizer.get_vocab().values()) + 1, os.fspath(path_or_name))
-    options = {"dtype": choose_dtype(dtype, on), "required": _REQUIRED}
+    number_type = choose_dtype(dtype, on)
     model: MegatronBertForCausalLM | MegatronBertForMaskedLM
     if config.is_decoder or "MegatronBertForCausalLM" in (config.architectures or []):
-        model = load_model(MegatronBertForCausalLM, path_or_name, is_decoder=True, **options)
+        model = load_model(
+            MegatronBertForCausalLM, path_or_name, dtype=number_type, required=_REQUIRED, is_decoder=True
+        )
     else:
-        model = load_model(MegatronBertForMaskedLM, path_or_name, **options)
+        model = load_model(MegatronBertForMaskedLM, path_or_name, dtype=number_type, required=_REQUIRED)
     model.to(on)  # type: ignore[arg-type]
     return TokenScorer(model, tokenizer, batch_tokens=batch_tokens)
