@@ -224,6 +224,7 @@ class MeshSection(_Section):
 
     tensor: int = Field(1, gt=0)  # tensor-parallel degree: processes that share a sample and each layer's matrices
     sequence_parallel: bool = False  # between those matrices, each of them holds a part of the tokens
+    overlap: bool = False  # with it: GPUs of one host copy tokens from each other while they multiply others
     shard: int | None = Field(None, gt=0)  # data-parallel ranks that share weights and states; default: all; 1: none
     keep_layers: bool = False  # put together once a pass instead of twice: more memory, less traffic
     timeout_seconds: float = Field(600, gt=0)  # a process that is waited for longer ends the run
@@ -233,6 +234,8 @@ class MeshSection(_Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel splits tokens over tensor-parallel processes: give tensor, or leave it "
                              "out")  # fmt: skip
+        if self.overlap and not self.sequence_parallel:
+            raise ValueError("overlap is of what sequence_parallel sends: set that too, or leave it out")
         return self
 
 

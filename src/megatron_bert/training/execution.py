@@ -60,7 +60,7 @@ def build_objective(
     def prepare(model: Any) -> None:
         if precision == "bfloat16":
             _residuals_in(torch.bfloat16, model)
-        if device.type == "cuda":
+        if device.type == "cuda" and not (mesh and mesh.overlap):  # whose layers do so themselves
             fuse_projections(model)
         recompute_activations(model, "selective" if recompute == "selective" else "none")
         if compiled:
