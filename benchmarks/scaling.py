@@ -7,8 +7,8 @@
 
 The paper's weak scaling is arXiv 1909.08053, section 5.1, table 1: hidden 1536 / 1920 / 2304 / 3072 with 16 / 20 / 24 /
 32 heads and 40 / 54 / 64 / 72 layers at tensor degree 1 / 2 / 4 / 8, 8 rows of 1,024 tokens, the next token predicted,
-a full step. Efficiency: FLOPs a second and GPU over those of the first shape on one GPU (the paper on V100: 100, 95, 82,
-77 %; on A100: 100, 91.7, 84.5, 74.7 %, github.com/NVIDIA/Megatron-LM).
+a full step. Efficiency: FLOPs a second and GPU over those of the first shape on one GPU (the paper on V100: 100, 95,
+82, 77 %; on A100: 100, 91.7, 84.5, 74.7 %, github.com/NVIDIA/Megatron-LM).
 
 Steps are the trainer's own: compiled layers, bfloat16 with float32 weights, fused AdamW, dropout 0.1. One `torchrun`
 for all cases of as many GPUs. Communication: the share of a step in which its kernels run, and in which nothing else
