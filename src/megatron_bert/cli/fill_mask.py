@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_bert.bundled import MINI, resolved
 from megatron_bert.cli import is_first_process
 from megatron_bert.errors import SharedError, UserError
 
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-bert fill-mask``."""
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="a text with [MASK] or <mask> in it")
-    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a model's folder, or its name on the hub")
+    parser.add_argument(
+        "--model",
+        type=resolved,
+        default=MINI,
+        metavar="DIR|NAME",
+        help="a model's folder, or its name on the hub; mini, the default, is the small one in the box",
+    )
     parser.add_argument("--file", metavar="F", help="read texts from F, one a line; - is the standard input")
     parser.add_argument("--top-k", type=_count, default=5, metavar="K", help="predictions for each mask (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
