@@ -221,10 +221,9 @@ def _check(theirs: Any, predictor: MaskPredictor, texts: list[MaskedText]) -> di
     }
     check: dict[str, Any] = {f"{name}_agree": float((loss == 0).float().mean()) for name, loss in losses.items()}
     check |= {f"{name}_largest_loss": float(loss.max()) for name, loss in losses.items()}
-    check["passed"] = (
-        check["ours_agree"] >= check["theirs_agree"] - AGREEMENT_POINTS
-        and check["ours_largest_loss"] <= LOG_PROBABILITY
-    )
+    is_close = check["ours_largest_loss"] <= LOG_PROBABILITY
+    check["passed"] = is_close and check["ours_agree"] >= check["theirs_agree"] - AGREEMENT_POINTS
+    verdict = "passed" if check["passed"] else "FAILED"
     print(f"best token as in float32 (Transformers): ours {check['ours_agree']:.1%}, theirs in bf16 "
           f"{check['theirs_agree']:.1%} of {len(texts)}; less probable by at most {check['ours_largest_loss']:.3f} and "
           f"{check['theirs_largest_loss']:.3f} nats: {verdict}\n", flush=True)  # fmt: skip

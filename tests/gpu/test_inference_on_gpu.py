@@ -76,3 +76,16 @@ def test_graphs_of_different_lengths_do_not_disturb_each_other():
     for order in ((6, 0, 3, 1, 5, 2, 4), (0, 0, 6, 6, 2)):
         for index in order:
             assert answers(predictor, cases[index]) == first[index]
+
+
+@pytest.mark.parametrize("lengths", [(40, 3, 9), (64, 64), (500, 1, 130, 512, 400)])
+def test_a_batch_is_queued_without_waiting_for_the_device(lengths):
+    predictor, batch = MaskPredictor(make(torch.bfloat16), num_tokens=VOCABULARY), texts(lengths)
+    for _ in range(5):
+        answers(predictor, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        queued = [predictor._queue(batch) for _ in range(2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(queued[0].fetched()[1], queued[1].fetched()[1])
