@@ -193,7 +193,8 @@ class TrainingSection(_Section):
     warmup_steps: int = Field(0, ge=0)  # linear from 0
     batch_samples: int = Field(gt=0)  # of one step, over all ranks
     seed: int = Field(1234, ge=0, lt=2**63)
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
+    # Of the computation; weights and optimizer stay float32. float8: the layers' products, the rest in bfloat16.
+    precision: Literal["float32", "bfloat16", "float8"] = "float32"
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -260,6 +261,12 @@ class PretrainConfiguration(_Section):
             )
         if self.runtime.packing and self.objective.kind == "causal":
             raise ValueError("runtime.packing: rows of the causal objective are always full; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_is_not_split(self) -> Self:
+        if self.training.precision == "float8" and self.mesh.tensor > 1:
+            raise ValueError("training.precision float8 does not go with mesh.tensor: shard instead, or use bfloat16")
         return self
 
     def as_yaml(self) -> str:
