@@ -150,7 +150,8 @@ class BatchGraphs:
     def _try_to_capture(self, row: Tensor, bucket: int) -> bool:
         static = StaticBatch(row.to(self._device), bucket)
         try:
-            self._captured[bucket] = static, self._capture(static)
+            with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
+                self._captured[bucket] = static, self._capture(static)
         except (RuntimeError, NotImplementedError) as error:
             self._works = False
             log.warning("no CUDA graphs for short texts, which take longer without: %s", str(error).splitlines()[0])
