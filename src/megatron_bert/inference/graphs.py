@@ -155,7 +155,8 @@ class BatchGraphs:
                 self._captured[bucket] = static, self._capture(static)
         except (RuntimeError, NotImplementedError) as error:
             self._works = False
-            log.warning("no CUDA graphs for short texts, which take longer without: %s", str(error).splitlines()[0])
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("no CUDA graphs for short texts, which take longer without: %s", reason)
         return self._works
 
     def _capture(self, static: StaticBatch) -> Callable[[], tuple[Tensor, Tensor]]:
