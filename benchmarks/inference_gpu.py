@@ -35,7 +35,7 @@ import torch
 import transformers
 from inference_cpu import TEXT_LENGTHS
 
-from megatron_bert.inference.fusion import fuse_projections
+from megatron_bert.inference.fusion import compile_layers, fuse_projections
 from megatron_bert.inference.predictor import MaskPredictor
 from megatron_bert.inference.texts import MaskedText
 from megatron_bert.model import MegatronBertForMaskedLM
@@ -115,6 +115,16 @@ def _measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.profile:
         _profile(lambda: list(predictor.predict(texts)))
+    if args.compiled:  # last: it cannot be taken back
+        before_compiling = time.perf_counter()
+        compile_layers(ours)
+        compiled = MaskPredictor(
+            ours, num_tokens=VOCABULARY, top_k=TOP_K, batch_tokens=args.batch_tokens, is_compiled=True
+        )
+        list(compiled.predict(texts))
+        print(f"\nours compiled, in {time.perf_counter() - before_compiling:.1f} s:", flush=True)
+        result["compiled_check"] = _check(theirs, compiled, texts[:CHECKED_TEXTS])
+        result["compiled_texts"] = _throughput(compiled, peers, texts, args.rounds)
     result["seconds"] = time.perf_counter() - before
     print(f"\n{size}: {result['seconds']:.1f} s in all", flush=True)
     return result

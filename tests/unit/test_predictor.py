@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
+from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_bert.inference import graphs, predictor
 from megatron_bert.inference.device import default_batch_tokens
-from megatron_bert.inference.fusion import fuse_projections
+from megatron_bert.inference.fusion import compile_layers, fuse_projections
 from megatron_bert.inference.graphs import BatchGraphs, bucket_of, filled_row
 from megatron_bert.inference.predictor import MaskPredictor
 from megatron_bert.inference.texts import MaskedText
-from megatron_bert.model import MegatronBertForMaskedLM
+from megatron_bert.model import MegatronBertForMaskedLM, attention
 
 VOCABULARY, TOP_K, MASK = 96, 4, 4
 LENGTHS = (3, 17, 9, 9, 30, 1, 12)
@@ -156,9 +158,31 @@ def test_fused_projections_change_neither_results_nor_names(ours, texts, expecte
     after = ours.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    attention = ours.bert.encoder.layer[0].attention.self
-    assert attention.key.weight.data_ptr() - attention.query.weight.data_ptr() == 32 * 32 * 4  # side by side, no copies
+    block = ours.bert.encoder.layer[0].attention.self
+    assert block.key.weight.data_ptr() - block.query.weight.data_ptr() == 32 * 32 * 4  # side by side, no copies
     assert_equal(answers_of(ours, texts), expected)
     ours.save_pretrained(tmp_path / "saved")
     again = transformers.MegatronBertForMaskedLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+def test_compiled_layers_change_nothing_and_are_compiled_once(ours, texts, expected, monkeypatch):
+    """With an attention that can be traced, as a GPU's."""
+
+    def attention_by_blocks(query, key, value, layout, is_causal, scaling, dropout):
+        tokens = torch.arange(query.shape[2])
+        sequences = torch.searchsorted(layout.cu_seq_lens[1:].long(), tokens, right=True)
+        assert layout.max_length == 32
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=sequences[:, None] == sequences, scale=scaling
+        ).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "_attention_by_sequence", attention_by_blocks)
+    torch._dynamo.reset()
+    counters.clear()
+    fuse_projections(ours)
+    compile_layers(ours, backend="eager")
+    for batch_tokens in (40, 20, 60, 500):
+        assert_equal(answers_of(ours, texts, batch_tokens=batch_tokens, is_compiled=True), expected)
+    assert counters["stats"]["unique_graphs"] <= 2  # one token in all, which the compiler takes for a case of its own
+    torch._dynamo.reset()

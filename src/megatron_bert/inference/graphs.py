@@ -126,6 +126,7 @@ class BatchGraphs:
         self._seen: Counter[int] = Counter()
         self._captured: dict[int, tuple[StaticBatch, Callable[[], tuple[Tensor, Tensor]]]] = {}
         self._pool: Any = None  # memory that the graphs share: they never run at the same time
+        self._beside: Any = None  # the stream that they are captured on
         self._works = True
 
     def run(self, batch: Sequence[MaskedText]) -> tuple[Tensor, Tensor] | None:
@@ -150,23 +151,27 @@ class BatchGraphs:
     def _try_to_capture(self, row: Tensor, bucket: int) -> bool:
         static = StaticBatch(row.to(self._device), bucket)
         try:
-            self._captured[bucket] = static, self._capture(static)
+            with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
+                self._captured[bucket] = static, self._capture(static)
         except (RuntimeError, NotImplementedError) as error:
             self._works = False
-            log.warning("no CUDA graphs for short texts, which take longer without: %s", str(error).splitlines()[0])
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("no CUDA graphs for short texts, which take longer without: %s", reason)
         return self._works
 
     def _capture(self, static: StaticBatch) -> Callable[[], tuple[Tensor, Tensor]]:
         """A function that computes the static batch as it then is, into the same tensors each time."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        here, beside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        here, beside = torch.cuda.current_stream(self._device), self._beside
         beside.wait_stream(here)
         with torch.cuda.stream(beside):  # libraries are loaded and kernels chosen before, never while it is captured
             for _ in range(2):
                 self._compute(static)
         here.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
             results = self._compute(static)
 
         def replay() -> tuple[Tensor, Tensor]:

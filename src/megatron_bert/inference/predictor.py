@@ -21,7 +21,7 @@ from megatron_bert.inference.texts import MaskedText
 from megatron_bert.inference.vocabulary import most_probable
 from megatron_bert.model import MegatronBertForMaskedLM
 from megatron_bert.model.attention import runs_packed
-from megatron_bert.model.packing import on_device
+from megatron_bert.model.packing import PackedLayout, on_device
 from megatron_bert.parallel.region import TensorRegion
 
 __all__ = ["Candidates", "MaskPredictor"]
@@ -50,6 +50,8 @@ class MaskPredictor:
         region: the ranks over which the model is spread. All of them are given the same texts, and give the same
             answers.
         graphs: whether to use them at all.
+        is_compiled: whether `compile_layers` was called on the model: batches then look the same to the compiler, and
+            there are no graphs.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class MaskPredictor:
         batch_tokens: int | None = None,
         region: TensorRegion | None = None,
         graphs: bool = True,
+        is_compiled: bool = False,
     ) -> None:
         self.model, self.device = model, model.device
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device)
         self._num_tokens, self._pad_id, self._top_k, self._region = num_tokens, pad_id, top_k, region
-        has_graphs = graphs and region is None and _can_be_captured(model)
+        self._is_compiled = is_compiled
+        has_graphs = graphs and not is_compiled and region is None and _can_be_captured(model)
         self._graphs = BatchGraphs(self._of_static, self.device, pad_id) if has_graphs else None
 
     def predict(self, texts: Sequence[MaskedText]) -> Iterator[tuple[list[int], list[Candidates]]]:
@@ -127,18 +131,23 @@ class MaskPredictor:
         if not bool(is_real.all()):
             layout = self.model.bert.layout_without_padding(is_real)
             mask = is_real.long() if layout is None else None
-        if layout is not None and layout.indices_T is not None:
-            layout = replace(layout, device=self.device, indices_T=on_device(layout.indices_T, self.device))
+        elif self._is_compiled:
+            layout = PackedLayout(tuple(lengths.tolist()), (is_real.shape[0], is_real.shape[1]), self.device)
         hidden = self.model.bert(
             on_device(input_ids, self.device),
             attention_mask=None if mask is None else on_device(mask, self.device),
-            layout=layout,
+            layout=None if layout is None else self._layout_here(layout),
             use_cache=False,
         ).last_hidden_state
         width = input_ids.shape[1]
         places = torch.tensor([row * width + at for row, text in enumerate(batch) for at in text.mask_positions])
         at_masks: Tensor = hidden.flatten(0, 1).index_select(0, on_device(places, self.device))
         return at_masks
+
+    def _layout_here(self, layout: PackedLayout) -> PackedLayout | _OpenLayout:
+        indices = None if layout.indices_T is None else on_device(layout.indices_T, self.device)
+        here = replace(layout, device=self.device, indices_T=indices)
+        return _OpenLayout(here, self.model.config.max_position_embeddings) if self._is_compiled else here
 
     def _of_static(self, static: StaticBatch) -> tuple[Tensor, Tensor]:
         """What a graph is captured of: the same in one row, its mask places included that are not there."""
@@ -149,6 +158,32 @@ class MaskPredictor:
 
     def _most_probable(self, states_MD: Tensor) -> tuple[Tensor, Tensor]:
         return most_probable(self.model.cls(states_MD), self._top_k, num_tokens=self._num_tokens, region=self._region)
+
+
+class _OpenLayout:
+    """A `PackedLayout` of which a compiler sees nothing that differs from batch to batch but its boundaries' number.
+
+    Not a dataclass: a compiler looks only at the attributes that are used, and so never at `lengths`.
+    """
+
+    def __init__(self, layout: PackedLayout, max_length: int) -> None:
+        self.layout, self.cu_seq_lens, self.max_length = layout, layout.cu_seq_lens, max_length
+        self.pack, self.unpack, self.batch_shape = layout.pack, layout.unpack, layout.batch_shape
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """See `PackedLayout`."""
+        return self.layout.lengths
+
+    @property
+    def side_by_side(self) -> PackedLayout:
+        """See `PackedLayout`."""
+        return self.layout.side_by_side
+
+    @property
+    def side_by_side_mask(self) -> Tensor:
+        """See `PackedLayout`."""
+        return self.layout.side_by_side_mask
 
 
 class _Queued:
