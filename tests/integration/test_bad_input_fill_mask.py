@@ -349,9 +349,6 @@ class TestOptions:
     def test_an_unknown_type(self, refused, good):
         assert "argument --dtype: invalid choice: 'int8'" in refused("--model", good, "--dtype", "int8", "the [MASK]")
 
-    def test_no_model(self, refused):
-        assert "the following arguments are required: --model" in refused("the [MASK]")
-
 
 def test_no_disk_space_for_the_output(good):
     command = [*COMMAND, "--model", str(good), "the [MASK]"]

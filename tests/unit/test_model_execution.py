@@ -22,6 +22,13 @@ SHAPE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def flex_attention_uncompiled(request):
+    """Transformers compiles it for each shape, half a minute on a CPU; what it computes is the same."""
+    with torch.compiler.set_stance("force_eager" if "flex_attention" in request.node.name else "default"):
+        yield
+
+
 def make(name="MegatronBertForMaskedLM", **overrides):
     torch.manual_seed(0)
     config = family.MegatronBertConfig(**{**SHAPE, **overrides})
