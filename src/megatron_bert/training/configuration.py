@@ -25,6 +25,7 @@ __all__ = [
     "OptimizerSection",
     "PretrainConfiguration",
     "RuntimeSection",
+    "Section",
     "TrainingSection",
     "WeightedCorpus",
     "load_configuration",
@@ -44,11 +45,13 @@ SIZES = {
 }
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: an unknown key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The network, in the words of `MegatronBertConfig`: a known size, numbers, or a checkpoint to start from."""
 
     size: str | None = None  # one of SIZES, which gives the numbers below that are left out
@@ -92,7 +95,7 @@ class ModelSection(_Section):
         return self
 
 
-class WeightedCorpus(_Section):
+class WeightedCorpus(Section):
     """One corpus of a blend."""
 
     prefix: Path  # of its token file
@@ -103,7 +106,7 @@ def _shape_of_tokens(value: Any) -> str:
     return "blend" if isinstance(value, list | tuple) else "prefix"
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text and how rows are cut from it."""
 
     # PREFIX of the token file, the --output of `megatron-bert preprocess`; or a list of {prefix, weight}
@@ -123,7 +126,7 @@ class DataSection(_Section):
         return [WeightedCorpus(prefix=self.tokens, weight=1.0)] if isinstance(self.tokens, Path) else self.tokens
 
 
-class ObjectiveSection(_Section):
+class ObjectiveSection(Section):
     """What the model has to predict: masked tokens and how a pair of segments belongs together, or the next token."""
 
     kind: Literal["masked", "causal"] = "masked"
@@ -164,7 +167,7 @@ class ObjectiveSection(_Section):
         return 1.0 if self.kind == "causal" else self.mask_share
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """AdamW with decoupled weight decay, none on biases and layer norms; or Muon on the layers' matrices and AdamW on
     the rest."""
 
@@ -186,7 +189,7 @@ class OptimizerSection(_Section):
         return self
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How long, how much at a time, from which seed."""
 
     steps: int = Field(gt=0)
@@ -202,7 +205,7 @@ class TrainingSection(_Section):
         return self
 
 
-class RuntimeSection(_Section):
+class RuntimeSection(Section):
     """How it is computed and reported; never what comes out."""
 
     device: str = "auto"  # cuda where there is one, else cpu
@@ -219,7 +222,7 @@ class RuntimeSection(_Section):
     stop_after_skipped_steps: int = Field(10, gt=0)  # in a row, for a loss or gradient that is not finite
 
 
-class MeshSection(_Section):
+class MeshSection(Section):
     """How the processes that `torchrun` started share the run; never what comes out."""
 
     tensor: int = Field(1, gt=0)  # tensor-parallel degree: processes that share a sample and each layer's matrices
@@ -236,7 +239,7 @@ class MeshSection(_Section):
         return self
 
 
-class PretrainConfiguration(_Section):
+class PretrainConfiguration(Section):
     """A run. Every key of a recipe is a field here or below."""
 
     output: Path  # folder of the run: recipe.yaml, metrics.jsonl, model/
