@@ -185,13 +185,20 @@ class _Joined(NamedTuple):
 
 def _joined(batch: Batch) -> _Joined:
     parts = [(name, tensor.shape, tensor.dtype) for name, tensor in batch.items()]
-    return _Joined(torch.cat([tensor.flatten().long() for tensor in batch.values()]), parts)
+    return _Joined(torch.cat([_as_integers(tensor).flatten().long() for tensor in batch.values()]), parts)
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor  # its bits
 
 
 def _apart(joined: _Joined) -> Batch:
     sizes = [prod(shape) for _, shape, _ in joined.parts]
     pieces = zip(joined.parts, torch.split(joined.values, sizes), strict=True)
-    return {name: piece.view(*shape).to(dtype) for (name, shape, dtype), piece in pieces}
+    return {
+        name: (piece.int().view(torch.float32) if dtype == torch.float32 else piece.to(dtype)).view(*shape)
+        for (name, shape, dtype), piece in pieces
+    }
 
 
 def training_steps(
