@@ -145,16 +145,15 @@ class Classification(Task[Example, Prediction]):
         return [Prediction(names[at], tuple(of), names) for at, of in zip(best, shares.tolist(), strict=True)]
 
     def scores(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
-        """The format's metrics in percent (and their "average" where it selects by that), also by section where there
-        are several ("matched_accuracy"). Raises `UserError` where no example has a label."""
+        """The format's metrics in percent (and their "average" where it selects by that), also by section
+        ("matched_accuracy"). Raises `UserError` where no example has a label."""
         known = [(one, found) for one, found in zip(examples, predictions, strict=True) if one.label is not None]
         if not known:
             raise UserError("no example has a label: there is nothing to score")
         scores = self._scores(known)
-        sections = sorted({one.section for one, _ in known})
-        for section in sections if len(sections) > 1 else ():
+        for section in sorted({one.section for one, _ in known} - {""}):
             own = self._scores([pair for pair in known if pair[0].section == section])
-            scores |= {f"{section or 'other'}_{name}": value for name, value in own.items()}
+            scores |= {f"{section}_{name}": value for name, value in own.items()}
         return scores
 
     def record(self, example: Example, prediction: Prediction) -> dict[str, Any]:
