@@ -52,6 +52,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def as_yaml(self) -> str:
+        """With every value spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
 
 Configuration = TypeVar("Configuration", bound=Section)
 
@@ -271,10 +275,6 @@ class PretrainConfiguration(Section):
         if self.runtime.packing and self.objective.kind == "causal":
             raise ValueError("runtime.packing: rows of the causal objective are always full; leave it out")
         return self
-
-    def as_yaml(self) -> str:
-        """The configuration as a recipe with every value spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def load_configuration(recipe: Path, overrides: Sequence[str] = ()) -> PretrainConfiguration:

@@ -97,8 +97,9 @@ class Session:
     def is_finished(self, state: TrainState, *, is_done: bool) -> bool:
         """Whether nothing is left to do; says so. `is_done`: no step is."""
         if state.step > self.steps:
+            said = "" if self.steps_key == "training.steps" else ", which makes"
             raise UserError(
-                f"{self.folder} has done {state.step} steps already, more than the {self.steps} of the recipe"
+                f"{self.folder} has done {state.step} steps already, more than {self.steps_key}{said} {self.steps}"
             )
         if not is_done or not (self.folder / "model").exists():
             return False

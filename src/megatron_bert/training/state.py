@@ -29,7 +29,7 @@ from megatron_bert.training.selection import Best
 from megatron_bert.training.step import Sums
 from megatron_bert.training.streams import random_streams, set_random_streams
 
-__all__ = ["TrainState", "Window", "restore", "snapshot"]
+__all__ = ["TrainState", "Window", "restore", "restore_weights", "snapshot"]
 
 
 class Window:
@@ -145,6 +145,20 @@ def restore(state: TrainState, checkpoint: Path, ranks: Ranks = ALONE) -> None:
         set_random_streams(read_streams(checkpoint, ranks.rank), state.device)
     else:
         torch.manual_seed(ranks.stream_seed(torch.initial_seed(), state.step))
+
+
+def restore_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Puts the model's weights to those of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of a model with other shapes.
+    """
+    ties = read_state(checkpoint)["tied"]
+    weights: Mapping[str, Any] = get_model_state_dict(model)
+    targets = {MODEL_PREFIX + name: weight for name, weight in weights.items() if name not in ties}
+    read_tensors(checkpoint, targets)
+    read = {name.removeprefix(MODEL_PREFIX): weight for name, weight in targets.items()}
+    set_model_state_dict(model, read | {name: read[source] for name, source in ties.items()})
 
 
 def _tensors(state: TrainState, ties: Mapping[str, str]) -> dict[str, Tensor]:
