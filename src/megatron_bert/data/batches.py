@@ -110,6 +110,11 @@ class StepPlanner:
         rows_of_steps = [len(self._rows(plans)) for plans in self._first_steps()]
         return replace(layout, micro_samples=best_num_rows(rows_of_steps, layout.micro_samples, layout.world_size))
 
+    def smallest_layout(self) -> BatchLayout:
+        """The packed layout whose micro-batch has the rows that a step of this rank takes, or the most it may have."""
+        per_rank = [-(-len(self._rows(plans)) // self.layout.world_size) for plans in self._first_steps()]
+        return replace(self.layout, micro_samples=min(self.layout.micro_samples, max(per_rank)))
+
     def fill_rates(self) -> tuple[float, float]:
         """With packing: real tokens per token of the rows in use, and of all rows that are computed."""
         real = used = computed = 0

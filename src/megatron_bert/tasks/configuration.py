@@ -1,4 +1,4 @@
-"""A fine-tuning run's configuration: one YAML file, like pretraining's. `runtime` and `mesh` never change the result."""
+"""A fine-tuning run's configuration: one YAML file, like pretraining's; `runtime` and `mesh` change no result."""
 
 from __future__ import annotations
 

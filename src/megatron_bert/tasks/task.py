@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,12 @@ class Task(ABC, Generic[Example, Prediction]):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    def with_settings(self, settings: TaskSettings) -> Self:
+        """The same task with others."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     @property
     @abstractmethod
