@@ -19,9 +19,9 @@ from megatron_bert.tasks.configuration import FinetuneConfiguration
 from megatron_bert.tasks.task import Task
 from megatron_bert.training.supervised import HEADS, Head
 
-__all__ = ["empty_task_network", "fill_task_network", "labels_of_head", "task_network_config"]
+__all__ = ["HEAD_MODULES", "empty_task_network", "fill_task_network", "labels_of_head", "task_network_config"]
 
-_HEAD_MODULES: dict[Head, str] = {
+HEAD_MODULES: dict[Head, str] = {
     "sequence": "classifier.", "choice": "classifier.", "token": "classifier.", "span": "qa_outputs.",
 }  # fmt: skip
 
@@ -92,11 +92,11 @@ def fill_task_network(network: MegatronBertPreTrainedModel, folder: Path, head: 
         UserError: the weights have other shapes.
     """
     fresh = new or not _has_head(folder, head)
-    load_shards(network, folder, seed=seed, fresh=(_HEAD_MODULES[head],) if fresh else ())
+    load_shards(network, folder, seed=seed, fresh=(HEAD_MODULES[head],) if fresh else ())
 
 
 def _has_head(folder: Path, head: Head) -> bool:
     """Whether the folder holds the weights of just this head: several have the same names."""
     named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     weights = check_folder(folder)
-    return HEADS[head].__name__ in named and any(name.startswith(_HEAD_MODULES[head]) for name in weights)
+    return HEADS[head].__name__ in named and any(name.startswith(HEAD_MODULES[head]) for name in weights)
