@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bert.data.labelled import Row, Text
 from megatron_bert.training.configuration import Section
+from megatron_bert.training.supervised import Head, Problem
 
-__all__ = ["Head", "Making", "Problem", "Row", "Task", "TaskSettings", "Text"]
+__all__ = ["Head", "Making", "Outputs", "Problem", "Row", "Task", "TaskSettings", "Text"]
 
 Example = TypeVar("Example")
 Prediction = TypeVar("Prediction")
 
-# What is predicted: a class or number for a text, one of several texts, a label for each token, a span of tokens.
-Head = Literal["sequence", "choice", "token", "span"]
-# In Transformers' words; of "sequence" only.
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 Outputs = Sequence[npt.NDArray[np.float32]]
-
-
-class Text(NamedTuple):
-    """What the model reads as one sequence, special tokens included."""
-
-    input_ids: tuple[int, ...]
-    token_type_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One input of the head with what it should say.
-
-    Attributes:
-        example: the number of the example that it was made of; one may have several rows (windows).
-        texts: one; of "choice", one a choice, as many as every other row has.
-        target: "sequence": a class (int), a number (float), or a 0 or 1 for each label (tuple of floats); "choice": the
-            right one (int); "token": a label, or IGNORED, for each token (tuple of ints); "span": its first and last
-            token (two ints). None where it is not known: the row is only predicted.
-        feature: what the task needs to decode the head's output, for itself.
-    """
-
-    example: int
-    texts: tuple[Text, ...]
-    target: int | float | tuple[int, ...] | tuple[float, ...] | None
-    feature: Any = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +51,12 @@ class Task(ABC, Generic[Example, Prediction]):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
+
+    def with_settings(self, settings: TaskSettings) -> Self:
+        """The same task with others."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     @property
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -32,11 +32,15 @@ _FILE_BYTES = "5GB"
 
 
 def write_model_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks = ALONE
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ranks: Ranks = ALONE,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes config.json, the weights as safetensors and the tokenizer's files to `folder`, whole or not at all; a
-    folder that is there already is replaced. All ranks have to call it; the first one writes, and holds no more than
-    one file's weights (5 GB) beside its own parts.
+    """Writes config.json, the weights as safetensors, the tokenizer's files and the texts of `files` to `folder`, whole
+    or not at all; a folder that is there already is replaced. All ranks have to call it; the first one writes, and
+    holds no more than one file's weights (5 GB) beside its own parts.
 
     Raises:
         OSError: what the file system says.
@@ -48,6 +52,8 @@ def write_model_folder(
                 _write_weights(model, weights, aside)
                 _write_configuration(model, aside)
                 tokenizer.save_pretrained(aside)
+                for name, text in (files or {}).items():
+                    (aside / name).write_text(text, encoding="utf-8")
         except OSError as error:
             problem = error
     for _ in weights:  # the other ranks take part, and whatever happened nobody waits for anybody
