@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.integration.tiny_model import write_tiny_model
+from tests.integration.tiny_model import VOCABULARY, write_tiny_model
 
 PLACES = {"paris": "LOC", "london": "LOC", "france": "LAND", "england": "LAND"}
 OTHERS = ["the", "of", "and", "is", "in", "to", "river", "seine", "thames", "big", "old", "city"]
@@ -71,9 +71,11 @@ WRITERS = {"ner": ("txt", write_ner), "classify": ("csv", write_classes), "squad
            "race": ("jsonl", write_choices)}  # fmt: skip
 
 
-def prepare_tasks(folder: Path) -> None:
-    """A tiny model, and for each task a file to train on and one to validate on."""
-    write_tiny_model(folder / "start", max_position_embeddings=64, initializer_range=0.1)
+def prepare_tasks(folder: Path, multiple: int = 1) -> None:
+    """A tiny model, whose vocabulary is padded to this multiple, and for each task a file to train on and one to
+    validate on."""
+    size = -(-len(VOCABULARY) // multiple) * multiple
+    write_tiny_model(folder / "start", vocab_size=size, max_position_embeddings=64, initializer_range=0.1)
     for task, (suffix, write) in WRITERS.items():
         write(folder / f"{task}-train.{suffix}", 96, 1)
         write(folder / f"{task}-dev.{suffix}", 32, 2)

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the figures; returns the exit code."""
     from megatron_bert.data.files import refuse_to_overwrite
 
-    if not args.data.is_file():
+    if not (args.data.is_file() if args.task in TASKS else args.data.exists()):
         raise UserError(f"--data {args.data}: no such file")
     if args.output is not None:
         refuse_to_overwrite([args.output], overwrite=args.overwrite)

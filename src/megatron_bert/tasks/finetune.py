@@ -28,7 +28,7 @@ from megatron_bert.tasks.network import empty_task_network
 from megatron_bert.tasks.setup import Inputs, RunSetup, open_inputs
 from megatron_bert.tasks.splits import Split, outputs_of
 from megatron_bert.tasks.task import Outputs, Task
-from megatron_bert.training.export import write_model_folder
+from megatron_bert.training.export import write_model_folder, write_whole_model
 from megatron_bert.training.lock import run_locked
 from megatron_bert.training.loop import Run
 from megatron_bert.training.selection import SCORE, Selection
@@ -260,7 +260,7 @@ def _write_model(setup: RunSetup, model: PreTrainedModel, files: dict[str, str])
         plain = empty_task_network(MegatronBertConfig.from_dict(model.config.to_dict()), inputs.task.head)
         materialize(plain, torch.device("cpu"))
         plain.load_state_dict(dict(merged(weights.items(), lora)), strict=False)
-        write_model_folder(plain, inputs.tokenizer, folder / "model", files=files)
+        write_whole_model(plain, inputs.tokenizer, folder / "model", files)
 
     from_first(write)
 

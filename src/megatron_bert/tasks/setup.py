@@ -92,7 +92,7 @@ def _read(name: str, configuration: FinetuneConfiguration, device: torch.device,
     task = task_of(name, configuration.task)
     files = {"train": data.train, "validation": data.validation, **({"test": data.test} if data.test else {})}
     for key, file in files.items():
-        if not file.is_file():
+        if not file.exists():
             raise UserError(f"data.{key} {file}: no such file")
     tokenizer = load_tokenizer(start_from)
     examples = {key: task.read(file) for key, file in files.items()}
@@ -102,12 +102,21 @@ def _read(name: str, configuration: FinetuneConfiguration, device: torch.device,
     splits = {
         key: open_split(task, file, examples[key], making, training=key == "train") for key, file in files.items()
     }
-    contents = {f"data.{key}": hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    contents = {f"data.{key}": _content_of(file) for key, file in files.items()}
     contents |= {"data.tokenizer": fingerprint(tokenizer.backend_tokenizer), "task.name": name}
     return Inputs(
         name, task, device, ranks, tokenizer, making, config, splits["train"], splits["validation"],
         splits.get("test"), contents,
     )  # fmt: skip
+
+
+def _content_of(path: Path) -> str:
+    """A SHA-256 of a file, or of all that a folder holds."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _labels(task: Task[Any, Any], training: list[Any], configuration: FinetuneConfiguration) -> tuple[str, ...]:
