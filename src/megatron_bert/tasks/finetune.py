@@ -130,7 +130,7 @@ def _run(setup: RunSetup, *, overwrite: bool, allow: Sequence[str], progress: bo
     stopped_by = None
     if not agreed(lambda: session.is_finished(state, is_done=is_done)):
         from_first(lambda: session.make_room(overwrite=overwrite))
-        log.info("%s parameters on %s", f"{state.model.num_parameters():,}", setup.summary())
+        log.info("%s on %s", _size(state.model), setup.summary())
         stopped_by = session.train(state, partial(_wire, setup, state, objective, selection), progress=progress)
         if not stopped_by:
             _finish(setup, state, objective)
@@ -140,6 +140,12 @@ def _run(setup: RunSetup, *, overwrite: bool, allow: Sequence[str], progress: bo
         configuration.seed, state.step, steps, stopped_by, state.best.step, None if stopped_by else folder / "model",
         scores,
     )  # fmt: skip
+
+
+def _size(model: PreTrainedModel) -> str:
+    """How many parameters the model has, and of them are trained."""
+    whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    return f"{whole:,} parameters" + (f" ({trained:,} of them trained)" if trained < whole else "")
 
 
 def _wire(
