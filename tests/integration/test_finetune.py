@@ -159,8 +159,12 @@ def test_choices(folder: Path) -> None:
     assert scores(run)["accuracy"] == pytest.approx(100 * right.item())
 
 
-def test_micro_batches_change_no_loss(folder: Path) -> None:
-    runs = [finetune(folder, "classify", f"micro-{size}", runtime__micro_batch_samples=size) for size in (16, 3)]
+def test_micro_batches_and_workers_change_no_loss(folder: Path) -> None:
+    knobs = ({"micro_batch_samples": 16, "num_workers": 0}, {"micro_batch_samples": 3, "num_workers": 2})
+    runs = [
+        finetune(folder, "classify", f"micro-{at}", **{f"runtime__{name}": value for name, value in some.items()})
+        for at, some in enumerate(knobs)
+    ]
     one, other = ([record["loss"] for record in records(run, "training")] for run in runs)
     assert one == pytest.approx(other, rel=1e-5)
 

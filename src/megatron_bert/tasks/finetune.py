@@ -165,7 +165,7 @@ def _wire(
         at(f"the evaluation after step {state.step}")
         outputs, means = _outputs(setup, state, objective, inputs.validation)
         scores = from_first(lambda: _scored(inputs.task, inputs, inputs.validation, outputs)[1])
-        return {**means, SCORE: scores[inputs.task.selects_by], **scores}
+        return {"loss": means["loss"], SCORE: scores[inputs.task.selects_by], **scores}
 
     return Run(
         training=setup.training,
@@ -234,7 +234,7 @@ def _finish(setup: RunSetup, state: TrainState, objective: SupervisedObjective) 
         written = partial(_predicted, task, inputs, split, outputs, folder / f"predictions-{name}.jsonl")
         found, settings = from_first(partial(written, tune=name == "validation"))
         task = task.with_settings(settings)
-        scores[name] = {**means, **found}
+        scores[name] = {**({"loss": means["loss"]} if means else {}), **found}
     from_first(lambda: _write_json(folder / "scores.json", scores))
     kept = task.settings.model_dump(mode="json")
     about = {"task": inputs.name, "max_length": inputs.making.max_length, "settings": kept}

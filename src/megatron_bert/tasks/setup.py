@@ -9,10 +9,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bert.checkpoint.native import read_state
@@ -95,12 +97,14 @@ def _read(name: str, configuration: FinetuneConfiguration, device: torch.device,
         if not file.exists():
             raise UserError(f"data.{key} {file}: no such file")
     tokenizer = load_tokenizer(start_from)
-    examples = {key: task.read(file) for key, file in files.items()}
+    progress = partial(tqdm, unit="file", delay=2, leave=False, disable=None if ranks.is_first else True)
+    examples = {key: task.read(file) for key, file in progress(files.items(), desc="reading")}
     labels = _labels(task, examples["train"], configuration)
     config = task_network_config(configuration, task, labels, tokenizer)
     making = Making(tokenizer, data.max_length, labels)
     splits = {
-        key: open_split(task, file, examples[key], making, training=key == "train") for key, file in files.items()
+        key: open_split(task, file, examples[key], making, training=key == "train")
+        for key, file in progress(files.items(), desc="making rows")
     }
     contents = {f"data.{key}": _content_of(file) for key, file in files.items()}
     contents |= {"data.tokenizer": fingerprint(tokenizer.backend_tokenizer), "task.name": name}
@@ -175,7 +179,8 @@ class RunSetup:
         sections = self.configuration.model_dump(mode="json", exclude=free)
         sections["model"]["start_from"] = content_of_model(self.configuration.model.start_from)
         named = {f"{name}.{key}": value for name, section in sections.items() for key, value in (section or {}).items()}
-        return {**named, "data.test": None, **self.inputs.contents}
+        named |= self.inputs.contents
+        return {key: value for key, value in named.items() if key != "data.test"}  # which decides nothing
 
     def begin(self, checkpoint: Path | None) -> tuple[TrainState, SupervisedObjective]:
         """A run at its beginning, or where the checkpoint left it, and what it minimises; in the order of

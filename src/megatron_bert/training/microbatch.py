@@ -191,6 +191,8 @@ class LabelledBatch(LaidOut):
     Attributes:
         sequences: int64, which of the n sequences are texts of samples, in their order; the others are padding.
         targets: of the k samples, as `data.labelled.collate_labelled` gives them.
+        tokens: int64, where the texts' tokens are among the batch's, one text after the other.
+        places: int64 [texts, longest], the same with a row a text, -1 beyond its end.
         lengths: of the texts, in tokens.
         rows: the samples' numbers.
         num_terms: of the loss: targets that are known.
@@ -198,6 +200,8 @@ class LabelledBatch(LaidOut):
 
     sequences: Tensor
     targets: Tensor
+    tokens: Tensor
+    places: Tensor
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
     num_terms: int
@@ -207,7 +211,10 @@ class LabelledBatch(LaidOut):
         """From a collated batch in the CPU's memory; with `shapes`, its sequences are filled up to them."""
         layout, boundaries = _packed_layout(batch, shapes)
         inputs = {name: batch[name] for name in _INPUTS}
-        targets, lengths = batch["targets"], batch["cu_seq_lens"].long().diff()[batch["sequences"]]
+        targets, bounds = batch["targets"], batch["cu_seq_lens"].long()
+        starts, lengths = bounds[batch["sequences"]], bounds.diff()[batch["sequences"]]
+        counting = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        places = torch.where(counting < lengths[:, None], starts[:, None] + counting, -1)
         known = ~targets.isnan() if targets.is_floating_point() else targets != IGNORED
         terms = known.all(-1) if targets.ndim == 2 and not targets.is_floating_point() else known  # a span is one
         return cls(
@@ -215,6 +222,8 @@ class LabelledBatch(LaidOut):
             layout=layout,
             sequences=batch["sequences"],
             targets=targets,
+            tokens=places[places >= 0],
+            places=places,
             lengths=tuple(lengths.tolist()),
             rows=tuple(batch["rows"].tolist()),
             num_terms=int(terms.sum()),

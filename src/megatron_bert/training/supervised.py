@@ -126,13 +126,13 @@ class SupervisedObjective:
             pooled_nD = parts.dropout(output.pooler_output.index_select(0, batch.sequences))
             logits: Tensor = parts.classifier(pooled_nD).float()
             return logits if self.head == "sequence" else logits.view(len(batch.rows), -1)
-        places, real = _places(batch)
         states = output.last_hidden_state.flatten(0, 1)
         if self.head == "token":
-            tokens: Tensor = parts.classifier(parts.dropout(states.index_select(0, places[real]))).float()
+            tokens: Tensor = parts.classifier(parts.dropout(states.index_select(0, batch.tokens))).float()
             return tokens
-        spans: Tensor = parts.qa_outputs(states)[places].float()
-        return spans.masked_fill(~real[..., None], torch.finfo(torch.float32).min).transpose(1, 2)
+        spans: Tensor = parts.qa_outputs(states)[batch.places.clamp(min=0)].float()
+        beyond = (batch.places < 0)[..., None]
+        return spans.masked_fill(beyond, torch.finfo(torch.float32).min).transpose(1, 2)
 
     def _losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if target_kind(self.head, self.problem) == "values":
@@ -142,16 +142,6 @@ class SupervisedObjective:
             right = (logits.detach().argmax(-1) == targets).all(-1).sum().float()
             return (sides[0][0] + sides[1][0]) / 2, right
         return _class_losses(logits, targets)
-
-
-def _places(batch: LabelledBatch) -> tuple[Tensor, Tensor]:
-    """int64 [k, longest], where the tokens of each text are among those of the batch, and bool: which are real."""
-    device = batch.sequences.device
-    starts = batch.inputs["cu_seq_lens_q"].long().index_select(0, batch.sequences)
-    lengths = batch.inputs["cu_seq_lens_q"].long().diff().index_select(0, batch.sequences)
-    counting = torch.arange(max(batch.lengths, default=0), device=device)
-    real = counting < lengths[:, None]
-    return torch.where(real, starts[:, None] + counting, 0), real
 
 
 def _class_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
