@@ -84,7 +84,8 @@ def test_the_best_checkpoint_is_the_one_that_is_left(tagger: Path, capsys: pytes
 
 def test_evaluate_gives_the_same_scores(tagger: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    words = ["--model", str(tagger / "model"), "--data", str(folder / "ner-dev.txt"), "--json", "--batch-tokens", "50"]
+    words = ["--model", str(tagger / "model"), "--data", str(folder / "ner-dev.txt"), "--json", "--batch-tokens", "50",
+             "--dtype", "float32"]  # fmt: skip
     assert main(["evaluate", "ner", *words, "--output", str(folder / "again.jsonl")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {name: found[name] for name in ("precision", "recall", "f1")} == {
@@ -138,7 +139,8 @@ def test_a_threshold_for_no_answer_is_chosen_and_kept(folder: Path, capsys: pyte
     assert math.isfinite(kept)
     assert scores(run)["f1"] == pytest.approx(records(run, "validation")[-1]["f1"])
     capsys.readouterr()
-    assert main(["evaluate", "squad", "--model", str(run / "model"), "--data", files[1], "--json"]) == 0
+    words = ["--model", str(run / "model"), "--data", files[1], "--json", "--dtype", "float32"]
+    assert main(["evaluate", "squad", *words]) == 0
     assert json.loads(capsys.readouterr().out)["f1"] == pytest.approx(scores(run)["f1"])
 
 
