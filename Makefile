@@ -1,8 +1,9 @@
 # Everything from a fresh clone; only Python 3.11, make and gcc are assumed.
-#   make demo     train a small model on real English and fill masks with it
-#   make test     the tests (two workers)
-#   make check    lint, format, types, import contracts, sizes
-#   make install  only the virtual environment, in .venv
+#   make demo        fill masks with the model in the box
+#   make demo-train  train a small model on real English and fill masks with it
+#   make test        the tests (two workers)
+#   make check       lint, format, types, import contracts, sizes
+#   make install     only the virtual environment, in .venv
 SHELL := bash
 BASE_PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: demo test check install clean
+.PHONY: demo demo-train test check install clean
 
 install: $(STAMP)
 
@@ -27,6 +28,9 @@ $(STAMP):
 
 demo: $(STAMP)
 	PYTHON="$(PYTHON)" bash tools/demo.sh
+
+demo-train: $(STAMP)
+	PYTHON="$(PYTHON)" bash tools/demo_train.sh
 
 # One thread a worker: two workers on two cores, and the same numbers whatever the machine.
 test: $(STAMP)

@@ -1,29 +1,14 @@
 #!/usr/bin/env bash
-# From raw text to a filled mask in demo/: `make demo`, or `PYTHON=... bash tools/demo.sh`.
-# The text is the language reference that every CPython ships. Under three minutes on 2 cores.
+# Masks filled by the model in the box, in two languages: `make demo`, or `PYTHON=... bash tools/demo.sh`.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 : "${PYTHON:=python3}"
 export HF_HUB_OFFLINE=1 # nothing is fetched
-# So small a model gains a fifth from a second thread, and loses far more waiting for it where other programs use the cores.
-export OMP_NUM_THREADS=1
 
-run() {
-  echo "\$ megatron-bert $*"
-  "$PYTHON" -m megatron_bert "$@"
-}
-
-rm -rf demo
-mkdir demo
-"$PYTHON" tools/demo_text.py demo/topics.txt
-echo "demo/topics.txt: $(wc -c < demo/topics.txt) bytes of English"
-
-run tokenizer train --input demo/topics.txt --output demo/tokenizer --vocab-size 2048
-run preprocess --input demo/topics.txt --tokenizer demo/tokenizer --output demo/text
-run pretrain recipes/demo_cpu.yaml
-"$PYTHON" tools/demo_report.py demo/text demo/run
-run fill-mask --model demo/run/model --top-k 3 \
-  "Changed in [MASK] 3.8." \
-  "This method returns a new [MASK]." \
-  "The operation is equivalent [MASK] the following." \
-  "It is an instance of the [MASK]."
+echo '$ megatron-bert fill-mask --top-k 3 TEXT...'
+"$PYTHON" -m megatron_bert fill-mask --top-k 3 \
+  "The capital of France is [MASK]." \
+  "植物通过<mask>合作用产生能量" \
+  "She has lived [MASK] London since she was a child." \
+  "Water boils at one hundred [MASK]." \
+  "中国的首都是北[MASK]。" \
+  "他昨天去了图书[MASK]看书。"

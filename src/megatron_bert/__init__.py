@@ -22,6 +22,7 @@ _MODULES = {
         "MegatronBertModel",
         "MegatronBertPreTrainedModel",
     ),
+    "megatron_bert.bundled": ("MINI",),
     "megatron_bert.auto": ("AutoTokenizer", "pipeline", "register"),
     "megatron_bert.data.tokenization": ("MegatronBertTokenizer",),
     "transformers": (

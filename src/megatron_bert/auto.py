@@ -6,6 +6,7 @@ from typing import Any
 import transformers
 
 from megatron_bert import model as family
+from megatron_bert.bundled import resolved
 from megatron_bert.data.tokenization import AutoTokenizer, MegatronBertTokenizer
 
 __all__ = ["AutoTokenizer", "pipeline", "register"]
@@ -39,9 +40,11 @@ def register() -> None:
 def pipeline(task: str | None = None, model: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Transformers' `pipeline` with this package's tokenizer for models of this family: `<mask>` is a mask too.
 
-    Takes what Transformers' takes (`config`, `tokenizer`, ... in its order) and returns its pipelines.
+    Takes what Transformers' takes (`config`, `tokenizer`, ... in its order) and returns its pipelines; `mini` is the
+    model in the box.
     """
     named = isinstance(model, str | os.PathLike)
+    model = resolved(model) if named else model
     if named and kwargs.get("tokenizer") is None and len(args) < 2 and _is_of_family(model, kwargs):
         options = {name: kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in kwargs}
         kwargs["tokenizer"] = AutoTokenizer.from_pretrained(model, **options)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _symmetric_memory
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -45,8 +47,24 @@ SHAPE = {
 
 
 @cache
-def mesh_of(tensor: int, sequence_parallel: bool = False, replicate: int = 1) -> ParallelMesh:
-    return ParallelMesh.of(device_type="cpu", tensor=tensor, replicate=replicate, sequence_parallel=sequence_parallel)
+def mesh_of(tensor: int, sequence_parallel: bool = False, replicate: int = 1, overlap: bool = False) -> ParallelMesh:
+    mesh = ParallelMesh.of(
+        device_type="cpu", tensor=tensor, replicate=replicate, sequence_parallel=sequence_parallel, overlap=overlap
+    )
+    if overlap:
+        overlap_on_cpus()
+        with patch("megatron_bert.parallel.region.check_overlap"):
+            assert mesh.region.overlaps
+    return mesh
+
+
+@cache
+def overlap_on_cpus() -> torch.library.Library:
+    """The overlapped operators do on CPUs what PyTorch says that they stand for: first one thing, then the other."""
+    library = torch.library.Library("symm_mem", "IMPL")
+    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
+        library.impl(name, getattr(_symmetric_memory, f"_{name}_fallback"), "CPU")
+    return library
 
 
 def build(model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:
@@ -185,12 +203,13 @@ def equals_single_process(
     packed: bool = False,
     recompute: bool = False,
     compiled: bool = False,
+    overlap: bool = False,
     steps: int = 2,
     num_micro_batches: int = 2,
 ) -> None:
     """Losses, the first step's gradients and their norm, and the weights after the last step."""
     expected = single_process(packed, steps, num_micro_batches)
-    mesh, model = mesh_of(tensor, sequence_parallel, replicate), build()
+    mesh, model = mesh_of(tensor, sequence_parallel, replicate, overlap), build()
     if compiled:
         compile_as_the_trainer(model, mesh)
     else:

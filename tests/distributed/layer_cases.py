@@ -24,9 +24,14 @@ DECODER = {"is_decoder": True, "add_cross_attention": True}
 TOKENS = 8  # divisible by the degrees that parts of a sequence are looked at with
 
 
-def twins(sequence_parallel: bool = False, model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:
+def twins(
+    sequence_parallel: bool = False,
+    model_class: Any = MegatronBertForPreTraining,
+    overlap: bool = False,
+    **changes: Any,
+) -> Any:
     """The single-process model, the parallel one over all ranks, and the ranks."""
-    region = mesh_of(dist.get_world_size(), sequence_parallel).region
+    region = mesh_of(dist.get_world_size(), sequence_parallel, overlap=overlap).region
     reference, parallel = build(model_class, **changes), build(model_class, **changes)
     apply_tensor_parallel(parallel, region, gathers_logits=model_class is not MegatronBertForPreTraining)
     return reference, parallel, region
@@ -93,7 +98,7 @@ def embeddings() -> None:
     compare(lambda x: wholes[0](x, None, positions), lambda x: wholes[1](x, None, positions), ids, tuple(wholes))
 
 
-def blocks(*, sequence_parallel: bool, num_tokens: int) -> None:
+def blocks(*, sequence_parallel: bool, num_tokens: int, overlap: bool = False) -> None:
     """Attention, cross-attention, the MLP, a layer and the encoder; under sequence parallelism on parts of a sequence,
     also of a length that the degree does not divide.
     """
@@ -102,7 +107,7 @@ def blocks(*, sequence_parallel: bool, num_tokens: int) -> None:
     mask[1, ..., -2:] = False
 
     def check(part: Callable[[Any], Any], *args: Any, model_class: Any = MegatronBertForPreTraining, **changes: Any):
-        reference, parallel, region = twins(sequence_parallel, model_class, **changes)
+        reference, parallel, region = twins(sequence_parallel, model_class, overlap, **changes)
         ours, theirs = part(parallel), part(reference)
 
         def on_parts(states: Tensor) -> Tensor:
@@ -146,6 +151,16 @@ def cross_entropy_equals_torch() -> None:
     torch.testing.assert_close(part.grad, whole.grad.chunk(region.degree, -1)[region.rank], rtol=1e-5, atol=1e-7)
 
 
+def overlapped_traffic() -> dict[str, list[str]]:
+    """The collectives of an overlapped layer's forward and backward pass, and the operators that do them."""
+    _, model, region = twins(True, overlap=True)
+    with Traffic("symm_mem", "_c10d_functional") as forward:
+        output = model.bert.encoder.layer[0](hidden(TOKENS // region.degree), num_tokens=TOKENS)
+    with Traffic("symm_mem", "_c10d_functional") as backward:
+        output.sum().backward()
+    return {"forward": [name for name, _ in forward.sent], "backward": [name for name, _ in backward.sent]}
+
+
 def communication(*, sequence_parallel: bool) -> dict[str, dict[str, int]]:
     """The collectives of one layer's forward and backward pass, by kind."""
     _, model, region = twins(sequence_parallel)
@@ -164,13 +179,14 @@ def communication(*, sequence_parallel: bool) -> dict[str, dict[str, int]]:
 class Traffic(TorchDispatchMode):
     """Which collectives are called, and with how many elements. (`CommDebugMode` cannot follow recomputation.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, *namespaces: str) -> None:
         super().__init__()
+        self.namespaces = namespaces or ("_c10d_functional",)
         self.sent: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.__name__.partition(".")[0]
-        if function.namespace == "_c10d_functional" and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+        if function.namespace in self.namespaces and name not in ("wait_tensor", "_wrap_tensor_autograd"):
             self.sent.append((name, args[0].numel()))
         return function(*args, **(kwargs or {}))
 

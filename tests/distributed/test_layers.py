@@ -23,6 +23,11 @@ def test_attention_mlp_and_layer(world, ranks, sequence_parallel, num_tokens):
     world(ranks).run(layer_cases.blocks, sequence_parallel=sequence_parallel, num_tokens=num_tokens)
 
 
+@pytest.mark.parametrize("num_tokens", [8, 7])
+def test_products_that_overlap_with_communication(world, num_tokens):
+    world(2).run(layer_cases.blocks, sequence_parallel=True, num_tokens=num_tokens, overlap=True)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_cross_entropy(world, ranks):
     world(ranks).run(layer_cases.cross_entropy_equals_torch)
@@ -40,6 +45,15 @@ def test_a_layer_under_sequence_parallelism(world):
     """
     a_pass = {"all_gather_into_tensor": 2, "reduce_scatter_tensor": 2}
     assert world(2).run(layer_cases.communication, sequence_parallel=True)[0] == {"forward": a_pass, "backward": a_pass}
+
+
+def test_an_overlapped_layer_leaves_no_collective_alone(world):
+    """Each of the eight is done together with the product beside it: queries, keys and values are one product."""
+    gathers, scatters = "fused_all_gather_matmul", "fused_matmul_reduce_scatter"
+    assert world(2).run(layer_cases.overlapped_traffic)[0] == {
+        "forward": [gathers, scatters, gathers, scatters],
+        "backward": [gathers, scatters, gathers, scatters],
+    }
 
 
 def test_recomputation_sends_what_it_needs_once_more(world):

@@ -39,5 +39,12 @@ def test_compiled_layers(world):
     world(2).run(cases.equals_single_process, tensor=2, packed=True, compiled=True)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_overlapped(world, compiled):
+    world(4).run(
+        cases.equals_single_process, tensor=2, sequence_parallel=True, overlap=True, packed=True, compiled=compiled
+    )
+
+
 def test_twenty_steps(world):
     world(2).run(cases.equals_single_process, tensor=2, sequence_parallel=True, packed=True, steps=20)

@@ -140,6 +140,7 @@ def test_dropout_goes_on_where_it_was(world: Callable[[int], World], folder: Pat
     ("overrides", "message"),
     [
         (["mesh.tensor=3"], "mesh.tensor 3 with 4 processes: start a multiple of 3"),
+        (["mesh.tensor=2", SEQUENCE, "mesh.overlap=true"], "mesh.overlap copies from one GPU's memory to another's"),
         (["mesh.shard=3"], "mesh.shard 3 with 4 data-parallel ranks"),
         (["mesh.tensor=4", "model.num_attention_heads=2"], "num_attention_heads 2 is not divisible by the tensor"),
         (["mesh.tensor=4", "model.vocabulary_multiple=1", "data.tokenizer=TOKENIZER"], "pad the vocabulary to a multi"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300  # eight processes on two cores that others use too
 
 
 class World:
@@ -59,7 +59,9 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     store = f"file://{Path(folder) / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE_SECONDS - 60)
+    )
     while True:
         try:
             case, args, kwargs = pipe.recv()

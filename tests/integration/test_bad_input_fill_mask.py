@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_bert.cli.main import main
+from megatron_bert.inference.predictor import MaskPredictor
+from megatron_bert.model import MegatronBertForMaskedLM
 from tests.integration.tiny_model import VOCABULARY, write_tiny_model
 
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
@@ -311,6 +313,10 @@ class TestCode:
         assert "the [MASK]" in capsys.readouterr().out
 
 
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
+
+
 class TestOptions:
     @pytest.mark.parametrize("option", ["--top-k", "--batch-tokens"])
     @pytest.mark.parametrize("value", ["0", "-3", "many", "1.5"])
@@ -326,6 +332,16 @@ class TestOptions:
     def test_a_gpu_where_there_is_none(self, refused, good, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert "device cuda is not there: PyTorch" in refused("--model", good, "--device", "cuda", "the [MASK]")
+
+    def test_a_gpu_that_is_too_small_for_a_batch(self, refused, good, monkeypatch):
+        monkeypatch.setattr(MaskPredictor, "_computed", out_of_memory)
+        error = refused("--model", good, "--batch-tokens", "64", "the [MASK]")
+        assert "out of GPU memory: use fewer --batch-tokens than 64" in error
+
+    def test_a_gpu_that_is_too_small_for_the_weights(self, refused, good, monkeypatch):
+        monkeypatch.setattr(MegatronBertForMaskedLM, "to", out_of_memory)
+        error = refused("--model", good, "the [MASK]")
+        assert f"out of GPU memory: the weights of {good} do not fit; use --dtype bfloat16, --device cpu" in error
 
     def test_an_unknown_device(self, refused, good):
         assert "unknown device 'tpu'" in refused("--model", good, "--device", "tpu", "the [MASK]")

@@ -1,10 +1,13 @@
 """What of the training kernel can be seen without a GPU: fused states without a copy, its operator's shapes."""
 
+import logging
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from megatron_bert.model import attention
 from megatron_bert.model.attention_kernel import applies, joined, packed_attention, realized_dropout
 
 TOKENS, HEADS, SIZE = 6, 2, 64
@@ -80,3 +83,36 @@ def test_dropout_is_rounded_to_what_is_drawn() -> None:
 
 def test_a_cpu_never_takes_it() -> None:
     assert not applies(torch.zeros(1, 2, 3, SIZE, dtype=torch.bfloat16, requires_grad=True), 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_size", "is_built", "reason"),
+    [
+        ((9, 0), 64, True, None),
+        ((8, 0), 256, True, None),
+        ((7, 5), 64, True, "needs compute capability 8.0, and this GPU has 7.5"),
+        ((9, 0), 264, True, "heads of 264"),
+        ((9, 0), 60, True, "heads of 60"),
+        ((9, 0), 64, False, "built without FlashAttention"),
+    ],
+)
+def test_why_the_variable_length_kernel_is_not_used(capability, head_size, is_built, reason):
+    """What FlashAttention 2 asks for: https://github.com/Dao-AILab/flash-attention, README, "NVIDIA CUDA Support"."""
+    found = attention.varlen_refusal(capability, head_size, is_built=is_built)
+    assert (found is None) if reason is None else (reason in found)
+
+
+def test_that_it_is_not_used_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    attention._asked_for_varlen.cache_clear()
+
+    def chooses(states):
+        return states + 1 if attention._has_varlen(0, states.shape[-1]) else states - 1
+
+    compiled = torch.compile(chooses, backend="eager", fullgraph=True, dynamic=False)
+    with caplog.at_level(logging.WARNING, logger="megatron_bert"):
+        results = [function(torch.zeros(length, 64)) for function in (compiled, chooses) for length in (2, 3)]
+    attention._asked_for_varlen.cache_clear()
+    assert all((states == -1).all() for states in results)
+    (record,) = caplog.records
+    assert "attention runs padded" in record.message

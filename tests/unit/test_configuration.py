@@ -102,7 +102,10 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("training.steps=0", r"training\.steps: Input should be greater than 0, not 0"),
         ("training.steps=many", r"training\.steps: Input should be a valid integer.*not 'many'"),
         ("training.warmup_steps=10", r"training: warmup_steps 10 must be less than steps 10"),
-        ("training.precision=float8", r"training\.precision: Input should be 'float32' or 'bfloat16', not 'float8'"),
+        (
+            "training.precision=float7",
+            r"training\.precision: Input should be 'float32', 'bfloat16' or 'float8', not 'float7'",
+        ),
         ("model.num_attention_heads=3", r"model: hidden_size 64 is not a multiple of num_attention_heads 3"),
         ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
         ("data.tokens=null", r"data\.tokens.*: Input is not a valid path"),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_bert.bundled import MINI, resolved
 from megatron_bert.cli import is_first_process
 from megatron_bert.errors import SharedError, UserError
 
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-bert fill-mask``."""
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="a text with [MASK] or <mask> in it")
-    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a model's folder, or its name on the hub")
+    parser.add_argument(
+        "--model",
+        type=resolved,
+        default=MINI,
+        metavar="DIR|NAME",
+        help="a model's folder, or its name on the hub; mini, the default, is the small one in the box",
+    )
     parser.add_argument("--file", metavar="F", help="read texts from F, one a line; - is the standard input")
     parser.add_argument("--top-k", type=_count, default=5, metavar="K", help="predictions for each mask (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number type; auto is bfloat16 where the GPU or CPU has it, else float32",
     )
     parser.add_argument(
-        "--batch-tokens", type=_count, default=8192, metavar="N", help="tokens predicted together (default: 8192)"
+        "--batch-tokens", type=_count, metavar="N", help="tokens predicted together (default: 8192; on a GPU 32768)"
     )
 
 
@@ -103,18 +110,26 @@ def _predict(args: argparse.Namespace, ranks: InferenceRanks) -> None:
                     write(show(result))
                     sys.stdout.flush()  # whoever sends text line by line gets its answer before the next line
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
+        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {filler.batch_tokens}") from error
     except UserError as error:  # of the texts or the scores, which are the same on all ranks
         raise SharedError(str(error)) from error
 
 
 def _load(args: argparse.Namespace, encoder: MaskedTextEncoder, ranks: InferenceRanks) -> MaskFiller:
+    import torch
+
     from megatron_bert.inference.fill_mask import load_mask_filler, load_parallel_mask_filler
 
     options = {"dtype": args.dtype, "top_k": args.top_k, "batch_tokens": args.batch_tokens}
-    if ranks.mesh is None:
-        return load_mask_filler(args.model, encoder, device=args.device, **options)
-    return load_parallel_mask_filler(args.model, ranks.mesh, encoder, **options)
+    try:
+        if ranks.mesh is None:
+            return load_mask_filler(args.model, encoder, device=args.device, **options)
+        return load_parallel_mask_filler(args.model, ranks.mesh, encoder, **options)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory: the weights of {args.model} do not fit; use --dtype bfloat16, --device cpu, or "
+            f"several GPUs with torchrun"
+        ) from error
 
 
 def _check_texts(args: argparse.Namespace, encoder: MaskedTextEncoder) -> int | None:

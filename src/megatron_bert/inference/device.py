@@ -43,3 +43,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens to predict together: as many as keep the device busy while the host launches the next ones."""
+    return 32768 if device.type == "cuda" else 8192

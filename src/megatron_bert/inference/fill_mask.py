@@ -1,7 +1,4 @@
-"""Fills the masks of texts: in batches of similar length, the vocabulary projected at masked positions only.
-
-M masks, D hidden, V vocabulary.
-"""
+"""Fills the masks of texts: words in, words out."""
 
 from __future__ import annotations
 
@@ -9,24 +6,22 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model, load_model
 from megatron_bert.checkpoint.shards import load_tensor_parallel
 from megatron_bert.data.tokenization import MASK_SPELLING, MegatronBertTokenizer, load_tokenizer
 from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device, choose_dtype
+from megatron_bert.inference.fusion import fuse_projections
 from megatron_bert.inference.lines import Text, texts_of_arguments
-from megatron_bert.inference.vocabulary import most_probable
+from megatron_bert.inference.predictor import Candidates, MaskPredictor
+from megatron_bert.inference.texts import MaskedText
 from megatron_bert.model import MegatronBertForMaskedLM
 from megatron_bert.parallel.launch import agreed, local_device
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.region import TensorRegion
 
 _REQUIRED = ("cls.predictions.transform.",)  # weights without which no mask can be filled
-_PROJECTED_TOGETHER = 1024  # masks; bounds the logits to this many rows of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -47,12 +42,6 @@ class Filled:
     predictions: list[list[Prediction]]
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    ids: list[int]
-    mask_positions: list[int]
-
-
 class MaskedTextEncoder:
     """Turns texts into token numbers, and refuses those that a model of ``max_tokens`` positions cannot fill.
 
@@ -66,7 +55,7 @@ class MaskedTextEncoder:
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1  # rows of embeddings that its numbers need
         self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id  # slow to ask for each time
 
-    def encode(self, texts: Sequence[Text]) -> list[_Encoded]:
+    def encode(self, texts: Sequence[Text]) -> list[MaskedText]:
         """The texts in numbers. Raises ``UserError`` for one without a mask or with too many tokens, by its name."""
         cut = {"truncation": True, "max_length": self.max_tokens} if self.truncate else {}
         all_ids = self.tokenizer(
@@ -78,19 +67,19 @@ class MaskedTextEncoder:
         """How many texts there are. Raises ``UserError`` as ``encode`` does."""
         return sum(len(self.encode(chunk)) for chunk in chunks)
 
-    def _checked(self, ids: list[int], where: str) -> _Encoded:
+    def _checked(self, ids: list[int], where: str) -> MaskedText:
         if len(ids) > self.max_tokens:
             raise UserError(f"{where}: {len(ids)} tokens, and the model takes {self.max_tokens}; --truncate cuts it")
         positions = [position for position, token in enumerate(ids) if token == self.mask_id]
         if not positions:
             within = f" within its first {self.max_tokens} tokens" if self.truncate else ""
             raise UserError(f"{where}: no mask{within}; write {self.tokenizer.mask_token} or {MASK_SPELLING} in it")
-        return _Encoded(ids, positions)
+        return MaskedText(ids, positions)
 
 
 class MaskFiller:
     """A masked language model that predicts ``top_k`` candidates a mask, in batches of at most ``batch_tokens`` tokens
-    (padding included, one text at least).
+    (padding included, one text at least; default: as the device likes it).
 
     Each mask is predicted with the text's other masks masked. The vocabulary's padding rows (beyond the tokenizer)
     take no part: they are never predicted and have no share in the probabilities.
@@ -105,12 +94,20 @@ class MaskFiller:
         encoder: MaskedTextEncoder,
         *,
         top_k: int = 5,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         region: TensorRegion | None = None,
     ) -> None:
         check_top_k(top_k, encoder)
         self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
-        self.top_k, self.batch_tokens, self.region = top_k, batch_tokens, region
+        self._predictor = MaskPredictor(
+            model,
+            num_tokens=encoder.num_tokens,
+            pad_id=encoder.pad_id or 0,
+            top_k=top_k,
+            batch_tokens=batch_tokens,
+            region=region,
+        )
+        self.batch_tokens = self._predictor.batch_tokens
         self._token_strs: dict[int, str] = {}
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
@@ -130,59 +127,18 @@ class MaskFiller:
         for chunk in chunks:
             encoded = self.encoder.encode(chunk)
             answers: dict[int, list[list[Prediction]]] = {}
-            for batch in self._batches(encoded):
-                answers |= zip(batch, self._predict([encoded[index] for index in batch]), strict=True)
-                predicted(len(batch))
+            for indices, candidates in self._predictor.predict(encoded):
+                for index, found in zip(indices, candidates, strict=True):
+                    answers[index] = self._named(encoded[index], found)
+                predicted(len(indices))
             for index, text in enumerate(chunk):
                 yield Filled(text.text, answers[index])
 
-    def _batches(self, encoded: Sequence[_Encoded]) -> Iterator[list[int]]:
-        """Indices of texts of similar length, the longest first, so that memory runs out at once or not at all."""
-        batch: list[int] = []
-        for index in sorted(range(len(encoded)), key=lambda index: -len(encoded[index].ids)):
-            if batch and (len(batch) + 1) * len(encoded[batch[0]].ids) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        yield batch
+    def _named(self, text: MaskedText, found: Candidates) -> list[list[Prediction]]:
+        by_mask = zip(text.mask_positions, found.scores, found.tokens, strict=True)
+        return [self._name(text, position, scores, tokens) for position, scores, tokens in by_mask]
 
-    @torch.inference_mode()
-    def _predict(self, batch: Sequence[_Encoded]) -> list[list[list[Prediction]]]:
-        states_MD = self._states_at_masks(batch)
-        scores, tokens = [], []
-        for block_MD in torch.split(states_MD, _PROJECTED_TOGETHER):
-            best_scores, best_tokens = most_probable(
-                self.model.cls(block_MD), self.top_k, num_tokens=self.encoder.num_tokens, region=self.region
-            )
-            if not best_scores.isfinite().all():
-                raise UserError(
-                    f"the model's scores are not numbers in {str(self.model.dtype).removeprefix('torch.')}: "
-                    "try --dtype float32; if it stays so, the weights are damaged"
-                )
-            scores += best_scores.tolist()
-            tokens += best_tokens.tolist()
-        candidates = iter(zip(scores, tokens, strict=True))
-        return [[self._name(text, at, *next(candidates)) for at in text.mask_positions] for text in batch]
-
-    def _states_at_masks(self, batch: Sequence[_Encoded]) -> Tensor:
-        """(M, D): the last hidden state at each mask, text by text."""
-        longest = max(len(text.ids) for text in batch)
-        input_ids = torch.full((len(batch), longest), self.encoder.pad_id or 0)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, text in enumerate(batch):
-            input_ids[row, : len(text.ids)] = torch.tensor(text.ids)
-            attention_mask[row, : len(text.ids)] = 1
-        padded = not bool(attention_mask.all())
-        device = self.model.device
-        hidden = self.model.bert(
-            input_ids.to(device), attention_mask=attention_mask.to(device) if padded else None
-        ).last_hidden_state
-        rows = [row for row, text in enumerate(batch) for _ in text.mask_positions]
-        columns = [position for text in batch for position in text.mask_positions]
-        at_masks: Tensor = hidden[torch.tensor(rows, device=device), torch.tensor(columns, device=device)]
-        return at_masks
-
-    def _name(self, text: _Encoded, position: int, scores: list[float], tokens: list[int]) -> list[Prediction]:
+    def _name(self, text: MaskedText, position: int, scores: list[float], tokens: list[int]) -> list[Prediction]:
         """The candidates for one mask in words, as Transformers' pipeline puts them."""
         only_mask = len(text.mask_positions) == 1
         predictions = []
@@ -214,7 +170,7 @@ def load_mask_filler(
     device: str = "auto",
     dtype: str = "auto",
     top_k: int = 5,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
 ) -> MaskFiller:
     """The model in a folder or on the hub, ready to fill masks; ``encoder`` is its own by default.
 
@@ -225,6 +181,8 @@ def load_mask_filler(
     check_top_k(top_k, encoder)
     model = load_model(MegatronBertForMaskedLM, path_or_name, dtype=choose_dtype(dtype, on), required=_REQUIRED)
     model.to(on)  # type: ignore[arg-type]
+    if on.type == "cuda":
+        fuse_projections(model)
     return MaskFiller(model, encoder, top_k=top_k, batch_tokens=batch_tokens)
 
 
@@ -235,7 +193,7 @@ def load_parallel_mask_filler(
     *,
     dtype: str = "auto",
     top_k: int = 5,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
 ) -> MaskFiller:
     """As ``load_mask_filler``, on the tensor-parallel ranks of ``mesh``, all of which have to call it: each reads its
     own part of the weights, and none ever holds the others'.

@@ -3,6 +3,7 @@
 B batch, S sequence, T packed tokens, N heads, H head dimension. Queries, keys and values arrive as (B, N, S, H).
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from inspect import signature
@@ -17,7 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from megatron_bert.model import attention_kernel
 from megatron_bert.model.packing import PackedLayout
 
-__all__ = ["attention_function", "eager_attention", "packed_attention", "runs_packed"]
+__all__ = ["attention_function", "eager_attention", "packed_attention", "runs_packed", "varlen_refusal"]
+
+log = logging.getLogger(__name__)
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -75,7 +78,7 @@ def packed_attention(
 
     CUDA: our kernel for training where it applies, else PyTorch's variable-length kernel (16-bit), or the
     flash-attention library where the model is set to it. CPU: one call a sequence, which no padded call beats.
-    Otherwise padded for this step only.
+    Otherwise padded for this step only, which is said once where 16 bits would have done better.
     """
     if "flash" in implementation:
         boundaries, longest = layout.cu_seq_lens, layout.max_length
@@ -100,10 +103,37 @@ def packed_attention(
             qkv_T3NH, layout.cu_seq_lens, layout.max_length, is_causal, scaling, dropout
         )
         return context_TNH.unsqueeze(0)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    is_narrow = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if is_narrow and _has_varlen(query.device.index, query.shape[-1]):
         return _varlen_attention(query, key, value, layout, is_causal, scaling, dropout)
     by_length = _attention_by_sequence if query.device.type == "cpu" else _padded_attention
     return by_length(query, key, value, layout, is_causal, scaling, dropout)
+
+
+@torch.compiler.assume_constant_result
+def _has_varlen(device_index: int | None, head_size: int) -> bool:
+    return _asked_for_varlen(device_index, head_size)
+
+
+@cache
+def _asked_for_varlen(device_index: int | None, head_size: int) -> bool:
+    """Whether PyTorch's variable-length kernel runs there; says once why not."""
+    is_built = bool(torch.backends.cuda.is_flash_attention_available())
+    reason = varlen_refusal(torch.cuda.get_device_capability(device_index), head_size, is_built=is_built)
+    if reason:
+        log.warning("no variable-length attention kernel: %s; attention runs padded, which is slower", reason)
+    return reason is None
+
+
+def varlen_refusal(capability: tuple[int, int], head_size: int, *, is_built: bool) -> str | None:
+    """Why PyTorch's variable-length kernel (FlashAttention 2's) does not run on such a GPU; None where it does."""
+    if not is_built:
+        return f"PyTorch {torch.__version__} is built without FlashAttention"
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    if head_size > 256 or head_size % 8:
+        return f"heads of {head_size} are not a multiple of 8 up to 256"
+    return None
 
 
 @cache

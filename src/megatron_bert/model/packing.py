@@ -20,6 +20,7 @@ __all__ = [
     "layout_of_boundaries",
     "layout_of_padding",
     "layout_of_positions",
+    "on_device",
     "restarting_positions",
     "sequence_ids",
     "sequence_starts",
@@ -43,7 +44,7 @@ class PackedLayout:
     def cu_seq_lens(self) -> Tensor:
         """The sequences' boundaries, int32, of shape (number of sequences + 1,), as the varlen kernels take them."""
         boundaries = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return boundaries.to(self.device, non_blocking=True)
+        return on_device(boundaries, self.device)
 
     @cached_property
     def max_length(self) -> int:
@@ -87,6 +88,13 @@ class PackedLayout:
             flat.index_copy_(0, self.indices_T[start : start + block_tokens], block)
         assert flat is not None
         return flat.view(*self.batch_shape, *flat.shape[1:])
+
+
+def on_device(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, through page-locked memory where the device has its own, so that the host need not wait."""
+    if device.type == "cuda" and value.device.type == "cpu" and not is_tracing(value):
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def _untouched_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:

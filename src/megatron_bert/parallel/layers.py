@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from megatron_bert.model.layers import MegatronBertEncoder, MegatronBertIntermediate, MegatronBertSelfAttention
-from megatron_bert.model.linear import Linear, linear
+from megatron_bert.model.linear import Linear
 from megatron_bert.parallel.region import TensorRegion
 from megatron_bert.parallel.streams import own_stream
 
@@ -76,7 +76,7 @@ class RowParallelLinear(_OnShards, Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, S, features / degree) -> (B, S, D). The bias is added once, after the ranks' parts are summed."""
-        summed = self.region.leave(linear(input, self.weight, None))
+        summed = self.region.leave_linear(_as_computed(input), self.weight)
         return summed + self.bias.to(summed.dtype)  # type: ignore[no-any-return]  # autocast would widen the sum
 
 
@@ -122,10 +122,20 @@ class ParallelSelfAttention(MegatronBertSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; `num_tokens` is the sequence's length where `hidden_states` has a part of it."""
-        hidden_states = self.region.enter(_as_computed(hidden_states), num_tokens)
+        hidden_states = _as_computed(hidden_states)
+        if self.region.overlaps and not self.is_cross_attention:
+            parts = (self.query, self.key, self.value)
+            weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+            hidden_states = self.region.enter_linear(hidden_states, weight, bias, num_tokens)
+        else:
+            hidden_states = self.region.enter(hidden_states, num_tokens)
         if encoder_hidden_states is not None:
             encoder_hidden_states = self.region.copy(encoder_hidden_states)
         return super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+
+    def projections(self, hidden_states: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """As the base class, or what `forward` has computed while the tokens travelled."""
+        return hidden_states.chunk(3, dim=-1) if self.region.overlaps else super().projections(hidden_states)
 
     def core(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As the base class; dropout draws from this rank's own stream."""
@@ -147,7 +157,12 @@ class ParallelIntermediate(MegatronBertIntermediate):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, F / degree)."""
-        return super().forward(self.region.enter(_as_computed(hidden_states)))
+        if not self.region.overlaps:
+            return super().forward(self.region.enter(_as_computed(hidden_states)))
+        dense: Any = self.dense
+        wide = self.region.enter_linear(_as_computed(hidden_states), dense.weight, dense.bias)
+        activated: Tensor = self.intermediate_act_fn(wide)
+        return activated
 
 
 class SequenceParallelEncoder(MegatronBertEncoder):

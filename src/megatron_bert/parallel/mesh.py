@@ -25,15 +25,22 @@ class ParallelMesh:
     Attributes:
         device_mesh: of the dimensions `replicate`, `shard` and `tensor`. `replicate` x `shard` are data-parallel:
             weights, gradients and optimizer states are split over `shard` and are the same over `replicate`.
-        sequence_parallel: see `TensorRegion`.
+        sequence_parallel, overlap: see `TensorRegion`.
     """
 
     device_mesh: DeviceMesh
     sequence_parallel: bool = False
+    overlap: bool = False
 
     @classmethod
     def of(
-        cls, *, device_type: str, tensor: int = 1, replicate: int = 1, sequence_parallel: bool = False
+        cls,
+        *,
+        device_type: str,
+        tensor: int = 1,
+        replicate: int = 1,
+        sequence_parallel: bool = False,
+        overlap: bool = False,
     ) -> ParallelMesh:
         """All ranks of the initialised default process group; `shard` takes those that the others leave.
 
@@ -52,7 +59,7 @@ class ParallelMesh:
                 + f": start a multiple of {tensor * replicate}"
             )
         grid = init_device_mesh(device_type, (replicate, shard, tensor), mesh_dim_names=_DIMS)
-        return cls(grid, sequence_parallel)
+        return cls(grid, sequence_parallel, overlap)
 
     @cached_property
     def tensor(self) -> DeviceMesh:
@@ -62,7 +69,7 @@ class ParallelMesh:
     @cached_property
     def region(self) -> TensorRegion:
         """That group as a layer sees it."""
-        return TensorRegion(self.tensor, self.sequence_parallel)
+        return TensorRegion(self.tensor, self.sequence_parallel, self.overlap)
 
     @cached_property
     def sharding(self) -> DeviceMesh:

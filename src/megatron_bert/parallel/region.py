@@ -13,6 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional
 
+from megatron_bert.model.linear import linear
+from megatron_bert.parallel.overlap import check_overlap, gathered_product, scattered_product
+
 __all__ = ["TensorRegion", "local_part"]
 
 _REPLICATED, _PARTIAL, _TOKENS, _FEATURES = Replicate(), Partial(), Shard(1), Shard(-1)
@@ -27,16 +30,20 @@ class TensorRegion:
         sequence_parallel: between the sharded regions, hold S / degree tokens (rounded up) on each rank, instead of all
             of them on every rank. Where S is no multiple of the degree, the last ranks' parts end in zeros that nothing
             depends on.
+        overlaps: with sequence parallelism, multiply while tokens travel (see `overlap`).
         degree: the number of ranks.
         rank: this process's place among them.
     """
 
     mesh: DeviceMesh
     sequence_parallel: bool = False
+    overlaps: bool = False
     degree: int = field(init=False)
     rank: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.overlaps:
+            check_overlap(self.mesh)
         object.__setattr__(self, "degree", self.mesh.size())
         object.__setattr__(self, "rank", self.mesh.get_local_rank())
 
@@ -61,6 +68,23 @@ class TensorRegion:
         if not self.sequence_parallel:
             return self.sum(states)
         return self._redistribute_tokens(self._filled_up(states), _PARTIAL, _TOKENS, gradient=_TOKENS)
+
+    def enter_linear(self, states: Tensor, weight: Tensor, bias: Tensor, num_tokens: int | None = None) -> Tensor:
+        """`enter` overlapped with the column-parallel product after it: (B, num_tokens, N / degree)."""
+        weight, bias = weight.to(states.dtype), bias.to(states.dtype)
+        packed, dim = (states[0], 0) if states.shape[0] == 1 else (states, 1)
+        product = gathered_product(packed, weight, dim, self.mesh)
+        product = (product[None] if dim == 0 else product) + bias
+        return product if num_tokens is None else product.narrow(1, 0, num_tokens)
+
+    def leave_linear(self, states: Tensor, weight: Tensor) -> Tensor:
+        """A row-parallel product, and `leave`, overlapped or not."""
+        if not self.overlaps:
+            return self.leave(linear(states, weight, None))
+        states, weight = self._filled_up(states), weight.to(states.dtype)
+        if states.shape[0] == 1:
+            return scattered_product(states[0], weight, 0, self.mesh)[None]
+        return scattered_product(states, weight, 1, self.mesh)
 
     def sum(self, states: Tensor) -> Tensor:
         """The sum of the ranks' parts, on every rank: an all-reduce, and in the backward pass the identity."""

@@ -205,7 +205,8 @@ class TrainingSection(Section):
     warmup_steps: int = Field(0, ge=0)  # linear from 0
     batch_samples: int = Field(gt=0)  # of one step, over all ranks
     seed: int = Field(1234, ge=0, lt=2**63)
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer stay float32
+    # Of the computation; weights and optimizer stay float32. float8: the layers' products, the rest in bfloat16.
+    precision: Literal["float32", "bfloat16", "float8"] = "float32"
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -241,6 +242,7 @@ class MeshSection(Section):
 
     tensor: int = Field(1, gt=0)  # tensor-parallel degree: processes that share a sample and each layer's matrices
     sequence_parallel: bool = False  # between those matrices, each of them holds a part of the tokens
+    overlap: bool = False  # with it: GPUs of one host copy tokens from each other while they multiply others
     shard: int | None = Field(None, gt=0)  # data-parallel ranks that share weights and states; default: all; 1: none
     keep_layers: bool = False  # put together once a pass instead of twice: more memory, less traffic
     timeout_seconds: float = Field(600, gt=0)  # a process that is waited for longer ends the run
@@ -250,6 +252,8 @@ class MeshSection(Section):
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel splits tokens over tensor-parallel processes: give tensor, or leave it "
                              "out")  # fmt: skip
+        if self.overlap and not self.sequence_parallel:
+            raise ValueError("overlap is of what sequence_parallel sends: set that too, or leave it out")
         return self
 
 
@@ -274,6 +278,12 @@ class PretrainConfiguration(Section):
             )
         if self.runtime.packing and self.objective.kind == "causal":
             raise ValueError("runtime.packing: rows of the causal objective are always full; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _float8_is_not_split(self) -> Self:
+        if self.training.precision == "float8" and self.mesh.tensor > 1:
+            raise ValueError("training.precision float8 does not go with mesh.tensor: shard instead, or use bfloat16")
         return self
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from megatron_bert.parallel.materialize import local_slices, whole_value
 from megatron_bert.parallel.region import local_part
@@ -78,10 +79,11 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         group = groups[0]
-        alike: dict[tuple[torch.Size, torch.Size], list[nn.Parameter]] = {}
+        alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                alike.setdefault((parameter.shape, local_part(parameter).shape), []).append(parameter)
+                places = parameter.placements if isinstance(parameter, DTensor) else ()
+                alike.setdefault((parameter.shape, local_part(parameter).shape, places), []).append(parameter)
         for parameters in alike.values():
             self._step_alike(parameters, group["lr"], group["weight_decay"], group["momentum"])
 
@@ -104,18 +106,26 @@ class Muon(torch.optim.AdamW):
         momentum_nab = momentum_nab.lerp(gradient_nab, 1 - momentum_share)
         torch._foreach_copy_(buffers, list(momentum_nab.unbind()))
         ahead_nab = gradient_nab.lerp(momentum_nab, momentum_share)  # Nesterov's
-        update_nab = orthogonalized(torch.stack(_whole(ahead_nab, parameters)))[:, *local_slices(parameters[0])]
+        update_nab = orthogonalized(_whole(ahead_nab, parameters[0]))[:, *local_slices(parameters[0])]
         scale = _RMS_OF_ADAMW * max(parameters[0].shape) ** 0.5
         change_nab = update_nab.to(weights[0].dtype) * (-rate * scale * applied)
         torch._foreach_mul_(weights, 1.0 - rate * weight_decay * applied)
         torch._foreach_add_(weights, list(change_nab.unbind()))
 
 
-def _whole(parts_nab: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The matrices [A, B] of which every rank has its part, distributed as its parameter is."""
-    return [
-        whole_value(DTensor.from_local(part, parameter.device_mesh, parameter.placements, run_check=False,
-                                       shape=parameter.shape, stride=parameter.stride()))
-        if isinstance(parameter, DTensor) else part
-        for part, parameter in zip(parts_nab.unbind(), parameters, strict=True)
-    ]  # fmt: skip
+def _whole(parts_nab: Tensor, like: nn.Parameter) -> Tensor:
+    """The matrices (n, A, B) of which every rank has its part, each distributed as `like` is: put together at once."""
+    if not isinstance(like, DTensor):
+        return parts_nab
+    number, (rows, columns) = len(parts_nab), like.shape
+    distributed = DTensor.from_local(
+        parts_nab.contiguous(), like.device_mesh, [_one_dim_on(place) for place in like.placements], run_check=False,
+        shape=torch.Size((number, rows, columns)), stride=(rows * columns, columns, 1),
+    )  # fmt: skip
+    return whole_value(distributed)
+
+
+def _one_dim_on(placement: Placement) -> Placement:
+    if isinstance(placement, _StridedShard):  # tensor-parallel and fully sharded in one dimension
+        return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
+    return Shard(placement.dim + 1) if isinstance(placement, Shard) else placement

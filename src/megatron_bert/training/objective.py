@@ -112,8 +112,10 @@ class Objective:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a forward pass computes in `precision`, the weights staying float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """The context in which a forward pass computes in `precision`, the weights staying float32. (What is in float8 is
+    so by itself; all else is in bfloat16 then.)
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32")
 
 
 def mean_loss(losses: Losses, num_masked: Tensor | int, num_pairs: Tensor | int) -> Tensor:

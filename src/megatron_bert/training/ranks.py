@@ -62,6 +62,7 @@ class Ranks:
                 tensor=section.tensor,
                 replicate=groups // shard,
                 sequence_parallel=section.sequence_parallel,
+                overlap=section.overlap,
             )
         )
 

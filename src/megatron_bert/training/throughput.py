@@ -59,7 +59,8 @@ class Throughput:
 
 
 def measured_flops_per_second(device: torch.device, precision: str) -> float | None:
-    """What a product of two 8192 x 8192 matrices reaches on this GPU in `precision`: the best of ten, in 0.1 s.
+    """What a product of two 8192 x 8192 matrices reaches on this GPU in `precision` (bfloat16 for float8): the best of
+    ten, in 0.1 s.
 
     A data sheet's number is not reached by any program, and a table would lack the next device. None without a GPU:
     on a CPU the share says little. No random stream moves.
@@ -67,7 +68,7 @@ def measured_flops_per_second(device: torch.device, precision: str) -> float | N
     if device.type != "cuda":
         return None
     generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
     left, right = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype, generator=generator) for _ in range(2))
     seconds = []
     for _ in range(_REPEATS + 3):
