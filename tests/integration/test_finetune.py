@@ -108,6 +108,9 @@ def test_a_classifier_and_its_loss(folder: Path) -> None:
     classify = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
     predicted = [one["label"] for one in classify(list(texts))]
     assert predicted == [line["prediction"] for line in lines(run / "predictions-validation.jsonl")]
+    words = ["--model", str(run / "model"), "--data", str(folder / "classify-dev.csv"), "--plot", str(folder / "c.png")]
+    assert main(["evaluate", "classify", *words]) == 0
+    assert (folder / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_answers(folder: Path) -> None:

@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="number type"
         )
         one.add_argument("--batch-tokens", type=_count, default=8192, metavar="N", help="tokens together (8192)")
+        if name not in TASKS:
+            one.add_argument("--plot", type=Path, metavar="F.png", help="draw a confusion matrix of single labels")
         if name == "wikitext103":
             one.add_argument("--window", type=_count, metavar="N", help="tokens of a window (what the model takes)")
             one.add_argument("--overlap", type=_whole, metavar="N", help="of them seen before (half)")
@@ -122,7 +124,7 @@ def _evaluate_finetuned(args: argparse.Namespace) -> dict[str, Any]:
     try:
         return evaluate_task(
             args.task, args.model, args.data, device=args.device, dtype=args.dtype, batch_tokens=args.batch_tokens,
-            output=args.output,
+            output=args.output, picture=args.plot,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error

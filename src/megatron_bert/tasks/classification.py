@@ -156,6 +156,11 @@ class Classification(Task[Example, Prediction]):
             scores |= {f"{section}_{name}": value for name, value in own.items()}
         return scores
 
+    def confused(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[tuple[str, str]]:
+        """Of the kind "single"."""
+        pairs = [(one.label, found.label) for one, found in zip(examples, predictions, strict=True)]
+        return [(one, other) for one, other in pairs if isinstance(one, str) and isinstance(other, str)]
+
     def record(self, example: Example, prediction: Prediction) -> dict[str, Any]:
         """Prediction, label, and the labels' probabilities."""
         shares = dict(zip(prediction.labels, prediction.probabilities, strict=False))

@@ -15,6 +15,7 @@ from megatron_bert.data.samples import SampleKey, SamplePlan
 from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device, choose_dtype
+from megatron_bert.tasks.confusion import draw_confusion
 from megatron_bert.tasks.finetune import TASK_FILE
 from megatron_bert.tasks.network import HEAD_MODULES, labels_of_head
 from megatron_bert.tasks.splits import outputs_of
@@ -28,13 +29,27 @@ _MAX_LENGTH = 384  # tokens, where the model's folder does not say with how many
 
 
 def evaluate_task(
-    name: str, model: str, data: Path, *, device: str, dtype: str, batch_tokens: int, output: Path | None
+    name: str,
+    model: str,
+    data: Path,
+    *,
+    device: str,
+    dtype: str,
+    batch_tokens: int,
+    output: Path | None = None,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
-    """The scores of the model in a folder, or on the hub, on a file of the task of this name; its predictions are
-    written to `output`. Settings are those that it was fine-tuned with (task.json), where it was by this package.
+    """The scores of the model in a folder, or on the hub, on a file of the task of this name.
+
+    Settings are those that it was fine-tuned with (task.json), where it was by this package.
+
+    Args:
+        output: gets the predictions, a line each.
+        picture: gets a confusion matrix of single labels.
 
     Raises:
-        UserError: the file cannot be used, the model has no head for the task, or the file has labels that it lacks.
+        UserError: the file cannot be used, the model has no head for the task, the file has labels that it lacks, or
+            there is nothing to draw.
     """
     on, folder = choose_device(device), model_folder(model)
     task, max_length = _task(name, folder)
@@ -55,6 +70,8 @@ def evaluate_task(
         with written_aside(output) as aside, aside.open("w", encoding="utf-8") as stream:
             for example, prediction in zip(examples, predictions, strict=True):
                 stream.write(json.dumps(task.record(example, prediction), ensure_ascii=False) + "\n")
+    if picture is not None:
+        draw_confusion(task.confused(examples, predictions), making.labels, picture)
     return task.scores(examples, predictions)
 
 

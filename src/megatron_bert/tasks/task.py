@@ -99,6 +99,12 @@ class Task(ABC, Generic[Example, Prediction]):
     def scores(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, float]:
         """The published figures, `selects_by` among them. Examples without a known answer are left out."""
 
+    def confused(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[tuple[str, str]]:
+        """Label and predicted label of each example that has one, for a confusion matrix; none where labels are not
+        single.
+        """
+        return []
+
     @abstractmethod
     def record(self, example: Example, prediction: Prediction) -> dict[str, Any]:
         """A line of the predictions file, as JSON."""
