@@ -68,7 +68,7 @@ def test_a_tagger_learns_and_works_in_a_pipeline(tagger: Path) -> None:
     find = transformers.pipeline("ner", model=model, tokenizer=tokenizer, aggregation_strategy="simple")
     assert [(one["entity_group"], one["word"]) for one in find("the old city in london")] == [("LOC", "london")]
     assert (tagger / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert len(lines(tagger / "predictions-validation.jsonl")) == 32
+    assert len(lines(tagger / "predictions-validation.jsonl")) == 33
     assert lines(tagger / "predictions-test.jsonl") == lines(tagger / "predictions-validation.jsonl")
 
 

@@ -109,6 +109,20 @@ def test_the_loss_is_transformers(head: Head, problem: Problem | None, num_label
         torch.testing.assert_close(gradient, seen[0][1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("head", "problem", "num_labels"), CASES)
+def test_a_batch_without_samples(head: Head, problem: Problem | None, num_labels: int) -> None:
+    """What a rank has of a step that another one's samples have used up."""
+    model = HEADS[head](MegatronBertConfig(**SHAPE, num_labels=num_labels, problem_type=problem)).eval()
+    objective = SupervisedObjective(model, CPU, head, problem)
+    micro = objective.micro_batch(collate_labelled([[None]], target_kind(head, problem), num_labels, 0))
+    losses, outputs = objective.predicted(micro)
+    objective.mean(losses, objective.numbers(micro)).backward()
+    assert losses.task.item() == 0.0
+    assert outputs == []
+    assert objective.numbers(micro) == (0,)
+    assert not model.bert.encoder.layer[0].output.dense.weight.grad.any()
+
+
 def test_every_epoch_has_every_row_once_in_another_order() -> None:
     texts = LabelledTexts(rows("sequence", "regression") * 5)
     epochs = [[index.plan(at).spans[0][0] for at in range(20)] for index in (LabelledIndex(texts, 1, 0),

@@ -7,7 +7,7 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,8 +224,10 @@ def _finish(setup: RunSetup, state: TrainState, objective: SupervisedObjective) 
     if state.best.step and state.best.step != state.step:
         best = checkpoint_of(folder, state.best.step)
         if problem := from_first(lambda: damage(best)):
-            raise UserError(f"{best}, the best checkpoint, is damaged ({problem}): start over with --overwrite")
-        restore_weights(state.model, best)
+            log.warning("%s, the best checkpoint, is damaged (%s): the last step's weights are used", best, problem)
+            state.best = replace(state.best, step=state.step)
+        else:
+            restore_weights(state.model, best)
     scores: dict[str, dict[str, float]] = {}
     for name, split in (("validation", inputs.validation), ("test", inputs.test)):
         if split is None:

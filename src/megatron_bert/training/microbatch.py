@@ -213,7 +213,7 @@ class LabelledBatch(LaidOut):
         inputs = {name: batch[name] for name in _INPUTS}
         targets, bounds = batch["targets"], batch["cu_seq_lens"].long()
         starts, lengths = bounds[batch["sequences"]], bounds.diff()[batch["sequences"]]
-        counting = torch.arange(int(lengths.max()) if len(lengths) else 0)
+        counting = torch.arange(int(lengths.max()) if len(lengths) else 1)
         places = torch.where(counting < lengths[:, None], starts[:, None] + counting, -1)
         known = ~targets.isnan() if targets.is_floating_point() else targets != IGNORED
         terms = known.all(-1) if targets.ndim == 2 and not targets.is_floating_point() else known  # a span is one

@@ -125,7 +125,8 @@ class SupervisedObjective:
         if self.head in ("sequence", "choice"):
             pooled_nD = parts.dropout(output.pooler_output.index_select(0, batch.sequences))
             logits: Tensor = parts.classifier(pooled_nD).float()
-            return logits if self.head == "sequence" else logits.view(len(batch.rows), -1)
+            choices = max(len(batch.lengths) // max(len(batch.rows), 1), 1)  # of a batch that fills up a step, too
+            return logits if self.head == "sequence" else logits.view(-1, choices)
         states = output.last_hidden_state.flatten(0, 1)
         if self.head == "token":
             tokens: Tensor = parts.classifier(parts.dropout(states.index_select(0, batch.tokens))).float()
