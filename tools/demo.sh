@@ -6,9 +6,9 @@ export HF_HUB_OFFLINE=1 # nothing is fetched
 
 echo '$ megatron-bert fill-mask --top-k 3 TEXT...'
 "$PYTHON" -m megatron_bert fill-mask --top-k 3 \
-  "The capital of France is [MASK]." \
-  "植物通过<mask>合作用产生能量" \
+  "Paris is the capital of [MASK]." \
   "She has lived [MASK] London since she was a child." \
-  "Water boils at one hundred [MASK]." \
-  "中国的首都是北[MASK]。" \
-  "他昨天去了图书[MASK]看书。"
+  "他昨天去了图书<mask>看书。" \
+  "绿色植物进行光合<mask>用。" \
+  "The capital of France is [MASK]." \
+  "植物通过<mask>合作用产生能量"

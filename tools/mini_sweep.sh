@@ -11,23 +11,23 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 declare -A arms=(
   [base]=""
-  [rate_1e-3]="optimizer.learning_rate=1.0e-3"
-  [rate_4e-3]="optimizer.learning_rate=4.0e-3"
-  [batch_half]="training.batch_samples=288 runtime.micro_batch_samples=192 training.steps=$((2 * STEPS))"
-  [batch_double]="training.batch_samples=1152 runtime.micro_batch_samples=768 training.steps=$((STEPS / 2))
-    optimizer.learning_rate=2.8e-3"
+  [rate_2e-3]="optimizer.learning_rate=2.0e-3"
+  [rate_8e-3]="optimizer.learning_rate=8.0e-3"
+  [batch_half]="training.batch_samples=384 training.steps=$((2 * STEPS))"
+  [batch_double]="training.batch_samples=1536 training.steps=$((STEPS / 2)) optimizer.learning_rate=5.6e-3"
   [adamw]="optimizer.kind=adamw"
   [fates]="objective.mask_replace_prob=0.8 objective.random_replace_prob=0.1"
   [mask_15]="objective.mask_share=0.15"
   [mask_30]="objective.mask_share=0.30"
   [mask_40]="objective.mask_share=0.40"
   [words]="objective.whole_words=true"
-  [6x384]="model.hidden_size=384 model.num_attention_heads=6 model.num_hidden_layers=6"
+  [10x320]="model.hidden_size=320 model.num_attention_heads=5 model.num_hidden_layers=10"
   [18x256]="model.hidden_size=256 model.num_attention_heads=4 model.num_hidden_layers=18"
+  [short_30]="data.short_share=0.3"
   [dropout]="model.hidden_dropout_prob=0.1 model.attention_probs_dropout_prob=0.1"
 )
 
-for arm in ${*:-base adamw rate_1e-3 rate_4e-3 6x384 18x256 mask_15 mask_30 mask_40 fates batch_half batch_double words dropout}; do
+for arm in ${*:-base adamw rate_2e-3 rate_8e-3 10x320 18x256 mask_15 mask_30 mask_40 short_30 fates batch_half batch_double words dropout}; do
   folder=runs/mini/sweep/$arm
   [ -e "$folder.json" ] && continue
   settings=()

@@ -25,7 +25,7 @@ from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
 from megatron_bert.parallel.data import call_within
-from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
+from megatron_bert.parallel.gradients import complete_gradients, gradient_norm
 from megatron_bert.parallel.launch import check_agreement
 from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import initialize, materialize, whole_parameters
@@ -191,7 +191,7 @@ def add_gradients(model: Any, batches: list[Batch], mesh: ParallelMesh | None = 
         total += loss.detach()
     if mesh:
         dist.all_reduce(total, group=mesh.data.get_group())
-        sum_sequence_gradients(model, mesh.region)
+        complete_gradients(model, mesh)
     return float(total)
 
 

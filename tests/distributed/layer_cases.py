@@ -14,9 +14,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.model import MegatronBertForCausalLM, MegatronBertForPreTraining
-from megatron_bert.parallel.gradients import sum_sequence_gradients
+from megatron_bert.parallel.gradients import complete_gradients
 from megatron_bert.parallel.loss import vocabulary_parallel_cross_entropy
-from megatron_bert.parallel.region import TensorRegion, local_part
+from megatron_bert.parallel.mesh import ParallelMesh
+from megatron_bert.parallel.region import local_part
 from megatron_bert.parallel.tensor import apply_tensor_parallel
 from tests.distributed.cases import SHAPE, assert_close, build, mesh_of, recompute_layers
 
@@ -47,7 +48,7 @@ def compare(
     reference: Callable[[Tensor], Tensor],
     inputs: Tensor,
     modules: tuple[Any, Any],
-    region: TensorRegion | None = None,
+    mesh: ParallelMesh | None = None,
 ) -> None:
     """Output, and after a backward pass from the same gradient the input's and every parameter's gradient."""
     copies = [inputs.detach().clone().requires_grad_(inputs.is_floating_point()) for _ in range(2)]
@@ -56,8 +57,8 @@ def compare(
     gradient = torch.randn(outputs[1].shape, generator=torch.Generator().manual_seed(2))
     for output in outputs:
         output.backward(gradient)
-    if region is not None:
-        sum_sequence_gradients(modules[0], region)
+    if mesh is not None:
+        complete_gradients(modules[0], mesh)
     if inputs.is_floating_point():
         assert_close(copies[0].grad, copies[1].grad, "gradient of the input")
     scale = max(float(parameter.grad.norm()) for parameter in modules[1].parameters() if parameter.grad is not None)
@@ -117,7 +118,8 @@ def blocks(*, sequence_parallel: bool, num_tokens: int, overlap: bool = False) -
             return region.gather_tokens(ours(region.split_tokens(states), *args, **options), num_tokens)
 
         modules = parallel, reference
-        compare(on_parts, lambda states: theirs(states, *args), hidden(num_tokens), modules, region)
+        mesh = mesh_of(region.degree, sequence_parallel, overlap=overlap)
+        compare(on_parts, lambda states: theirs(states, *args), hidden(num_tokens), modules, mesh)
 
     mlp = lambda model: model.bert.encoder.layer[0].feed_forward_chunk  # noqa: E731
     check(lambda model: model.bert.encoder.layer[0].attention, mask)

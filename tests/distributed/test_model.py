@@ -19,9 +19,13 @@ def test_eight_tensor_parallel_ranks(world):
     world(8).run(cases.equals_single_process, tensor=8, sequence_parallel=True, packed=True)
 
 
-@pytest.mark.parametrize("replicate", [1, 2], ids=["sharded", "hybrid"])
+@pytest.mark.parametrize("replicate", [1, 2, 4], ids=["sharded", "hybrid", "replicated"])
 def test_data_alone(world, replicate):
     world(4).run(cases.equals_single_process, replicate=replicate, num_micro_batches=4)
+
+
+def test_tensor_times_replicated_data(world):
+    world(4).run(cases.equals_single_process, tensor=2, replicate=2, sequence_parallel=True)
 
 
 def test_tensor_times_hybrid_data(world):

@@ -65,6 +65,7 @@ PACKED = "runtime.packing=true"
     [
         (2, ["mesh.tensor=2"]),
         (2, ["runtime.micro_batch_samples=3"]),
+        (4, ["mesh.tensor=2", "mesh.shard=1", PACKED]),
         (4, ["mesh.tensor=2", SEQUENCE, PACKED, "runtime.recompute=full"]),
         (4, ["mesh.shard=2", "mesh.keep_layers=true", PACKED, "runtime.micro_batch_samples=2"]),
     ],
@@ -110,10 +111,10 @@ def test_every_layout(
 
 
 def test_going_on_at_other_layouts(world: Callable[[int], World], folder: Path, alone: Path) -> None:
-    """Saved by four tensor-parallel processes; the rest by 2 x 2, by four sharded ones, and by one."""
+    """Saved by four tensor-parallel processes; the rest by 2 x 2, by four sharded ones, by two replicas, and by one."""
     whole, recipe = folder / "whole", folder / "recipe.yaml"
     world(4).run(pretrain_cases.trains, recipe, f"output={whole}", "mesh.tensor=4")
-    layouts = [(4, ["mesh.tensor=2"]), (4, []), (1, [])]
+    layouts = [(4, ["mesh.tensor=2"]), (4, []), (2, ["mesh.shard=1"]), (1, [])]
     for number, (processes, overrides) in enumerate(layouts):
         run = folder / f"on-{number}"
         shutil.copytree(whole, run, ignore=shutil.ignore_patterns("step-00000020", "model"))

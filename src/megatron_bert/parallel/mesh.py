@@ -82,6 +82,13 @@ class ParallelMesh:
         return self.device_mesh["replicate", "shard"]._flatten("data")
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether data-parallel ranks share weights and states. Otherwise each of them has its own, and only gradients
+        are summed.
+        """
+        return self.device_mesh.size(1) > 1
+
+    @property
     def tensor_degree(self) -> int:
         """Ranks that share one sample."""
         return self.tensor.size()

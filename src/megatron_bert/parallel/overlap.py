@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed import _symmetric_memory  # noqa: F401  (registers the operators)
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_bert.errors import UserError
@@ -23,11 +23,7 @@ __all__ = ["check_overlap", "gathered_product", "scattered_product"]
 
 
 def check_overlap(mesh: DeviceMesh) -> None:
-    """Gets the ranks of a tensor-parallel group ready for it.
-
-    Raises:
-        UserError: they are not GPUs of one host that reach each other's memory.
-    """
+    """Raises `UserError` where a tensor-parallel group is not of GPUs of one host that reach each other's memory."""
     if mesh.device_type != "cuda":
         raise UserError("mesh.overlap copies from one GPU's memory to another's: leave it out on CPUs")
     here, devices = torch.cuda.current_device(), range(torch.cuda.device_count())
@@ -36,7 +32,6 @@ def check_overlap(mesh: DeviceMesh) -> None:
     ):
         raise UserError("mesh.overlap needs a tensor-parallel group within one host, whose GPUs reach each other's "
                         "memory (NVLink); leave it out here")  # fmt: skip
-    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def gathered_product(states: Tensor, weight: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:

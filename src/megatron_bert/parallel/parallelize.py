@@ -29,10 +29,11 @@ def parallelize(
     2. `prepare_layers(model)`: recomputation, then compilation. A compiler has to see the collectives, to overlap them,
        and a recomputed layer has to send again what it computes again.
     3. Fully sharded data parallelism last: its hooks put a layer's weights together before all of the above runs, also
-       when it is run again in the backward pass, and they would break a compiler's graph.
+       when it is run again in the backward pass, and they would break a compiler's graph. Replicas that share nothing
+       need none: their gradients are summed once a step.
 
     Then come memory and values for a model on the meta device (`materialize`, and `initialize` or
-    `checkpoint.shards.load_shards`), and then its optimizer. A step ends with `sum_sequence_gradients`.
+    `checkpoint.shards.load_shards`), and then its optimizer. A step's backward passes end with `complete_gradients`.
 
     Args:
         gathers_logits: see `apply_tensor_parallel`.
@@ -45,5 +46,5 @@ def parallelize(
         apply_tensor_parallel(model, mesh.region, gathers_logits=gathers_logits)
     if prepare_layers is not None:
         prepare_layers(model)
-    if mesh.data_degree > 1:
+    if mesh.is_sharded:
         apply_fully_sharded(model, mesh, parameter_dtype=parameter_dtype, keeps_layers=keeps_layers)

@@ -14,10 +14,19 @@ from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.parameters import (
     layer_parameters,
     outer_parameters,
+    rank_parameters,
     sequence_parameters,
 )
 
-__all__ = ["Axis", "Collective", "Kind", "collectives_of_step", "sharding_collectives", "tensor_collectives"]
+__all__ = [
+    "Axis",
+    "Collective",
+    "Kind",
+    "collectives_of_step",
+    "replica_collectives",
+    "sharding_collectives",
+    "tensor_collectives",
+]
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
 Axis = Literal["tensor", "shard", "replicate", "all"]
@@ -87,25 +96,30 @@ def sharding_collectives(job: Job, layout: Layout) -> list[Collective]:
     """Between data-parallel ranks, for one micro-batch: weights gathered in bfloat16, a layer's in both passes and the
     rest once; gradients summed in float32, over `shard` by reduce-scatter and over `replicate` by all-reduce.
     """
-    if not layout.fully_sharded:
+    if not layout.fully_sharded:  # see `replica_collectives`
         return []
     layers = job.config.num_hidden_layers
     layer = layer_parameters(job.config, layout.tensor)
     outer = outer_parameters(job.config, layout.tensor)
-    found = []
-    if layout.shard > 1:
-        found += [
-            Collective("all-gather", "shard", layout.shard, layer * _BF16, 2 * layers),
-            Collective("all-gather", "shard", layout.shard, outer * _BF16),
-            Collective("reduce-scatter", "shard", layout.shard, layer * _FP32, layers),
-            Collective("reduce-scatter", "shard", layout.shard, outer * _FP32),
-        ]
+    found = [
+        Collective("all-gather", "shard", layout.shard, layer * _BF16, 2 * layers),
+        Collective("all-gather", "shard", layout.shard, outer * _BF16),
+        Collective("reduce-scatter", "shard", layout.shard, layer * _FP32, layers),
+        Collective("reduce-scatter", "shard", layout.shard, outer * _FP32),
+    ]
     if layout.replicate > 1:
         found += [
             Collective("all-reduce", "replicate", layout.replicate, -(-layer // layout.shard) * _FP32, layers),
             Collective("all-reduce", "replicate", layout.replicate, -(-outer // layout.shard) * _FP32),
         ]
     return found
+
+
+def replica_collectives(job: Job, layout: Layout) -> list[Collective]:
+    """Between data-parallel ranks that share no weights, once a step: all gradients, summed in float32."""
+    if layout.fully_sharded or layout.replicate == 1:
+        return []
+    return [Collective("all-reduce", "replicate", layout.replicate, rank_parameters(job.config, layout.tensor) * _FP32)]
 
 
 def collectives_of_step(job: Job, layout: Layout) -> list[Collective]:
@@ -118,6 +132,7 @@ def collectives_of_step(job: Job, layout: Layout) -> list[Collective]:
     if layout.sequence_parallel:
         num_bytes = sequence_parameters(job.config) // layout.shard * _FP32
         found.append(Collective("all-reduce", "tensor", layout.tensor, num_bytes))
+    found += replica_collectives(job, layout)
     if layout.gpus > 1:
         found.append(Collective("all-reduce", "all", layout.gpus, _FP32))
     return found

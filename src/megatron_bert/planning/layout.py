@@ -63,8 +63,8 @@ class Layout:
 
     @property
     def fully_sharded(self) -> bool:
-        """Whether FSDP2 runs it: with more than one data-parallel rank; `shard` 1 is then plain replication."""
-        return self.data > 1
+        """Whether FSDP2 runs it. Replicas that share nothing (`shard` 1) only sum their gradients."""
+        return self.shard > 1
 
     def micro_batches(self, job: Job) -> int:
         """Forward passes of a step."""

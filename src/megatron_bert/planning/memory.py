@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bert.parallel.gradients import BUCKET_BYTES
 from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.parameters import (
     layer_matrices,
@@ -145,8 +146,8 @@ def computed_weight_bytes(job: Job, layout: Layout) -> float:
 
 
 def memory_of_step(job: Job, layout: Layout) -> Memory:
-    """At the most demanding of three moments: the loss; the backward pass of the last layer, which is the first to be
-    taken; and that of the word embeddings, the last.
+    """At the most demanding of some moments: the loss; the backward pass of the last layer, which is the first to be
+    taken; that of the word embeddings, the last; and the sum of replicas' gradients.
     """
     config, tensor = job.config, layout.tensor
     weights, optimizer, gradients = (f(job, layout) for f in (weight_bytes, optimizer_bytes, gradient_bytes))
@@ -172,4 +173,6 @@ def memory_of_step(job: Job, layout: Layout) -> Memory:
         Memory(weights, before, optimizer, kept, computed + in_backward + layer_working_bytes(job, layout), "layers"),
         Memory(weights, gradients, optimizer, 0.0, at_end, "embeddings"),
     ]
+    if layout.replicate > 1 and not layout.fully_sharded:
+        moments.append(Memory(weights, gradients, optimizer, 0.0, min(gradients, BUCKET_BYTES), "sums"))
     return max(moments, key=lambda memory: memory.total)

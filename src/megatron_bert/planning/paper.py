@@ -41,7 +41,8 @@ class PaperRow:
 def paper_table(gpu: Gpu = DGX2) -> list[PaperRow]:
     """Model parallelism alone, then with 64 data-parallel groups of 8 rows each; activations recomputed, as theirs.
 
-    The prediction is of this package's step: gradients are summed in float32, beside the backward pass.
+    The prediction is of this package's step: weights are sharded within a server, and gradients are summed in float32,
+    beside the backward pass.
     """
     rows: list[PaperRow] = []
     baseline = None
@@ -52,7 +53,8 @@ def paper_table(gpu: Gpu = DGX2) -> list[PaperRow]:
                 intermediate_size=4 * hidden, max_position_embeddings=_ROW_TOKENS,
             )  # fmt: skip
             job = Job(config, tensor * data, _ROWS * data, _ROW_TOKENS, predicted_share=1.0)
-            layout = Layout(tensor=tensor, replicate=data, recompute="full", micro_rows=_ROWS)
+            shard = min(data, gpu.node_gpus // tensor)  # what is put together most often stays within a server
+            layout = Layout(tensor, shard, data // shard, recompute="full", micro_rows=_ROWS)
             seconds = step_time(job, layout, gpu).total
             rate = step_flops(job) / seconds / job.gpus
             baseline = baseline or rate

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_bert.planning.communication import Collective, collectives_of_step, sharding_collectives
+from megatron_bert.planning.communication import (
+    Collective,
+    collectives_of_step,
+    replica_collectives,
+    sharding_collectives,
+)
 from megatron_bert.planning.devices import Gpu
 from megatron_bert.planning.flops import training_flops
 from megatron_bert.planning.layout import Job, Layout
@@ -71,7 +76,8 @@ def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
         elementwise=passes * elementwise,
         optimizer=optimizer_seconds(job, layout, gpu),
         tensor_communication=tensor_seconds(job, layout, gpu),
-        data_communication=passes * exposed,
+        data_communication=passes * exposed
+        + sum(collective_seconds(one, layout, gpu) for one in replica_collectives(job, layout)),
     )
 
 

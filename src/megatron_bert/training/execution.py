@@ -101,8 +101,8 @@ def make_ready(
     Raises:
         UserError: the model's shape cannot be split so, or not be computed in this precision.
     """
-    is_alone = mesh is None or mesh.device_mesh.size() == 1
-    together = _LAYERS_TOGETHER if is_alone and recompute != "full" else 1
+    has_hooks = recompute == "full" or (mesh is not None and mesh.is_sharded)  # around each layer
+    together = 1 if has_hooks else _LAYERS_TOGETHER
 
     def prepare(model: Any) -> None:
         if precision != "float32":

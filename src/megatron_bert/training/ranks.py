@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.errors import UserError
-from megatron_bert.parallel.gradients import gradient_norm, sum_sequence_gradients
+from megatron_bert.parallel.gradients import complete_gradients, gradient_norm
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.streams import key
 from megatron_bert.parallel.watch import Watch
@@ -114,7 +114,7 @@ class Ranks:
         0-dimensional, the same on every rank.
         """
         if self.mesh is not None:
-            sum_sequence_gradients(model, self.mesh.region)
+            complete_gradients(model, self.mesh)
             return gradient_norm(model.parameters())
         return nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
 
