@@ -35,7 +35,7 @@ def losses(run: Path) -> list[float]:
     [
         ("ner", 2, ["mesh.tensor=2"]),
         ("squad", 4, ["mesh.tensor=2", "mesh.sequence_parallel=true", "runtime.micro_batch_samples=3"]),
-        ("race", 2, ["runtime.micro_batch_samples=3"]),
+        ("race", 2, ["runtime.micro_batch_samples=3", "mesh.shard=1"]),
         ("race", 4, ["mesh.tensor=4"]),
     ],
 )
@@ -57,14 +57,22 @@ def test_the_same_run(
     assert (run / "model" / "config.json").read_text() == (alone / "model" / "config.json").read_text()
 
 
-def test_adapters_on_sharded_ranks(world: Callable[[int], World], folder: Path) -> None:
+def test_adapters_on_data_parallel_ranks(world: Callable[[int], World], folder: Path) -> None:
+    """Sharded ones, and replicas."""
     recipe, overrides = folder / "ner.yaml", ["lora.rank=4", "training.epochs=0.5"]
     sets = [word for one in (*overrides, f"output={folder / 'lora'}") for word in ("--set", one)]
     assert main(["finetune", "ner", str(recipe), "--json", *sets]) == 0
-    world(2).run(finetune_cases.finetunes, "ner", recipe, f"output={folder / 'lora-2'}", *overrides)
-    assert losses(folder / "lora-2") == pytest.approx(losses(folder / "lora"), rel=TOLERANCE)
+    for shard in (2, 1):
+        run = folder / f"lora-{shard}"
+        more = (f"output={run}", f"mesh.shard={shard}")
+        world(2).run(finetune_cases.finetunes, "ner", recipe, *overrides, *more)
+        assert losses(run) == pytest.approx(losses(folder / "lora"), rel=TOLERANCE)
+        check_adapters(run, folder / "lora")
+
+
+def check_adapters(ours: Path, reference: Path) -> None:
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
-        found, wanted = (load_file(folder / run / file) for run in ("lora-2", "lora"))
+        found, wanted = (load_file(run / file) for run in (ours, reference))
         assert all(float((found[name] - weight).norm()) <= 1e-4 * float(weight.norm()) + 1e-6
                    for name, weight in wanted.items())  # fmt: skip
 
