@@ -251,7 +251,7 @@ class RunSetup:
             where = (
                 f"{inputs.ranks.size} processes ({tensor} tensor-parallel x {shards} sharded x {replicas} replicated)"
             )
-        parts = [f"{len(inputs.training.examples):,} examples ({len(inputs.training.rows):,} rows) to train on",
+        parts = [f"{len(inputs.training.examples):,} examples ({len(inputs.training.texts):,} rows) to train on",
                  f"{len(inputs.validation.examples):,} to validate on"]  # fmt: skip
         return f"{where}; {', '.join(parts)}, {self.training.steps:,} steps"
 

@@ -35,7 +35,9 @@ _ROW_MULTIPLE = 64  # tokens of a packed row
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of a file, their rows in order, and these as the model reads them."""
+    """The examples of a file, their rows in order (none of those to train on: they take memory, and nothing is
+    decoded of them), and these as the model reads them.
+    """
 
     examples: Sequence[Any]
     rows: Sequence[Row]
@@ -65,7 +67,7 @@ def open_split(
     rows = task.rows(examples, making) if examples else []
     if not rows:
         raise UserError(f"{file}: none of its examples can be used")
-    return Split(examples, rows, LabelledTexts(rows))
+    return Split(examples, [] if training else rows, LabelledTexts(rows))
 
 
 @dataclass(frozen=True)
