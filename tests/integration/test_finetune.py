@@ -19,6 +19,7 @@ from torch.nn import functional
 from megatron_bert.checkpoint.native import list_checkpoints
 from megatron_bert.cli.main import main
 from megatron_bert.training import metrics
+from megatron_bert.training.supervised import SupervisedObjective
 from tests.integration.tiny_tasks import prepare_tasks, write_qa, write_task_recipe
 
 
@@ -196,6 +197,19 @@ def test_stopped_killed_and_gone_on(folder: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(whole, folder / "killed", ignore=shutil.ignore_patterns("model", "step-0000001[68]"))
     finetune(folder, "ner", "killed", **options)
     assert not compare(whole, folder / "killed")
+
+
+def test_a_step_that_is_not_finite_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mean, calls = SupervisedObjective.mean, [0]
+
+    def poisoned(self: SupervisedObjective, *args: Any) -> torch.Tensor:
+        calls[0] += 1
+        return mean(self, *args) * (float("nan") if calls[0] == 2 else 1.0)
+
+    monkeypatch.setattr(SupervisedObjective, "mean", poisoned)
+    run = finetune(folder, "classify", "skipping", training__precision="bfloat16")
+    assert [record["step"] for record in records(run, "skipped")] == [2]
+    assert math.isfinite(scores(run)["loss"])
 
 
 def test_a_changed_file_or_knob_is_refused(folder: Path, tagger: Path, capsys: pytest.CaptureFixture[str]) -> None:
