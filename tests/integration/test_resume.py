@@ -22,7 +22,7 @@ from megatron_bert.checkpoint import writer as writer_module
 from megatron_bert.checkpoint.native import list_checkpoints
 from megatron_bert.cli.main import main
 from megatron_bert.training import lock, metrics
-from megatron_bert.training import step as step_module
+from megatron_bert.training import objective as objective_module
 from tests.integration.tiny_corpus import prepare, write_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -329,13 +329,13 @@ def test_stopped_with_a_full_disk(
 
 def not_finite_in(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Has the loss of these steps be not a number."""
-    mean, calls = step_module.mean_loss, [0]
+    mean, calls = objective_module.mean_loss, [0]
 
     def poisoned(*args: Any) -> Tensor:
         calls[0] += 1
         return mean(*args) * (float("nan") if calls[0] in steps else 1.0)
 
-    monkeypatch.setattr(step_module, "mean_loss", poisoned)
+    monkeypatch.setattr(objective_module, "mean_loss", poisoned)
 
 
 def test_steps_that_are_not_finite(

@@ -1,4 +1,4 @@
-"""evaluate wikitext103 and lambada: against Transformers' own class token by token, and lm-evaluation-harness."""
+"""evaluate wikitext103 and lambada: against Transformers' own class, token by token."""
 
 import json
 import math
@@ -9,8 +9,6 @@ import transformers
 
 from megatron_bert.cli.main import main
 from megatron_bert.tasks.detokenization import Detokenizer, num_original_tokens
-from megatron_bert.tasks.lambada import Lambada
-from megatron_bert.tasks.scoring import load_scorer
 from megatron_bert.tasks.wikitext103 import windows
 from tests.integration.real_text import DATA
 from tests.integration.tiny_model import write_tiny_model
@@ -86,21 +84,6 @@ def test_perplexity_is_that_of_transformers(capsys, models, files, kind):
     name = "perplexity" if kind == "causal" else "pseudo_perplexity"
     assert found["original_tokens"] == len(TOKENS.strip().split(" "))
     assert found[name] == pytest.approx(math.exp(-total / found["original_tokens"]), rel=1e-4)
-
-
-def test_against_lm_evaluation_harness(models, files):
-    harness = pytest.importorskip("lm_eval.models.huggingface")
-    tokenizer = transformers.BertTokenizer.from_pretrained(models["causal"])
-    theirs = harness.HFLM(pretrained=reference(models["causal"], "causal"), tokenizer=tokenizer, device="cpu")
-    scorer = load_scorer(models["causal"], device="cpu", dtype="float32")
-    task = Lambada(files / "raw.txt", scorer)
-    ours = [scorer.score(task.requests(item))[0] for item in range(len(task))]
-    pairs = [(("", ""), [3, *task._contexts[at]], task._pieces[at]) for at in range(len(task))]
-    for (log_likelihood, hit), score, pieces in zip(
-        theirs._loglikelihood_tokens(pairs, disable_tqdm=True), ours, task._pieces, strict=True
-    ):
-        assert score.log_likelihood == pytest.approx(log_likelihood, rel=1e-4)
-        assert (list(score.best) == pieces) == hit
 
 
 def test_windows_score_each_token_once():

@@ -25,6 +25,7 @@ from megatron_bert.errors import UserError
 __all__ = [
     "MODEL_PREFIX",
     "OPTIMIZER_PREFIX",
+    "best_step",
     "checkpoint_of",
     "checkpoints_folder",
     "list_checkpoints",
@@ -109,6 +110,15 @@ def load_model_weights(checkpoint: Path) -> dict[str, Tensor]:
     weights = read_all_tensors(checkpoint, MODEL_PREFIX)
     ties: dict[str, str] = read_state(checkpoint)["tied"]
     return weights | {name: weights[source] for name, source in ties.items()}
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """The step of the best checkpoint so far, where the run looks for one and this checkpoint can be read."""
+    try:
+        best = read_state(checkpoint).get("best")
+    except UserError:
+        return None
+    return best["step"] if best else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -87,16 +87,19 @@ def _fits(config: MegatronBertConfig, degree: int) -> bool:
 
 
 @torch.no_grad()
-def load_shards(model: Any, folder: Path, *, seed: int = 0) -> None:
+def load_shards(model: Any, folder: Path, *, seed: int = 0, fresh: tuple[str, ...] = ()) -> None:
     """Fills the parameters of a materialized `model`, converting their number type to the model's.
 
     What the folder lacks is initialized from `seed`, and what it has too many is ignored, with a line in the log each,
     as by `from_pretrained`. Of safetensors, no more than one parameter is mapped into memory beside the rank's part.
 
+    Args:
+        fresh: beginnings of the names of parameters that are initialized although the folder has them.
+
     Raises:
         UserError: what `check_folder` finds, or a weight of another shape than the model's.
     """
-    shapes = check_folder(folder)
+    shapes = {name: shape for name, shape in check_folder(folder).items() if not name.startswith(fresh)}
     source = _Source(folder)
     missing, found = set[str](), set[str]()
     for parameter, names in parameter_names(model):
@@ -114,7 +117,8 @@ def load_shards(model: Any, folder: Path, *, seed: int = 0) -> None:
     initialize(model, seed, only=missing)
     ignored = "|".join(model._keys_to_ignore_on_load_unexpected)
     unexpected = [key for key in shapes if key not in found and not re.search(ignored, key)]
-    report_differences(type(model).__name__.removeprefix("FSDP"), missing, unexpected)
+    adapter = {name for name in missing if ".lora_" in name}
+    report_differences(type(model).__name__.removeprefix("FSDP"), missing - adapter, unexpected)
     num_tokens = num_tokens_beside(folder)
     if num_tokens is not None and num_tokens < model.config.vocab_size:
         model.num_tokens = num_tokens
@@ -149,6 +153,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _spellings(name: str) -> list[str]:
-    """How a checkpoint may spell a parameter: with or without the base model's prefix."""
+    """How a checkpoint may spell a parameter: with or without the base model's prefix. One that an adapter was put
+    around (`peft`) has its own name there.
+    """
+    name = name.replace(".base_layer.", ".")
     bare = name.removeprefix("bert.")
     return [name, bare, f"bert.{bare}"]

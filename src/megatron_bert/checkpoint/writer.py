@@ -20,6 +20,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from megatron_bert.checkpoint.manifest import Files, describe, write_manifest
 from megatron_bert.checkpoint.native import (
+    best_step,
     checkpoint_of,
     checkpoints_folder,
     list_checkpoints,
@@ -161,8 +162,11 @@ class CheckpointWriter:
         return everywhere
 
     def _prune(self, newest: int) -> None:
-        """Removes what is not among the last `keep` up to `newest`; what is beyond was damaged when the run began."""
+        """Removes what is not among the last `keep` up to `newest`, nor the best that one of them names; what is beyond
+        was damaged when the run began.
+        """
         kept = [path for path in list_checkpoints(self._run) if step_of(path) <= newest][: self._keep]
+        kept += [checkpoint_of(self._run, best) for path in kept if (best := best_step(path))]
         for path in list_checkpoints(self._run):
             if path not in kept:
                 shutil.rmtree(path)

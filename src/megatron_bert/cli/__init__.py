@@ -22,6 +22,7 @@ VERBS: dict[str, Verb] = {
     "tokenizer": Verb("megatron_bert.cli.tokenizer", "train and inspect WordPiece vocabularies"),
     "preprocess": Verb("megatron_bert.cli.preprocess", "turn text into a token file for pretraining"),
     "pretrain": Verb("megatron_bert.cli.pretrain", "train a model from a recipe"),
+    "finetune": Verb("megatron_bert.cli.finetune", "train a model for a task, from a recipe"),
     "evaluate": Verb("megatron_bert.cli.evaluate", "score a model by a published protocol"),
     "plan": Verb("megatron_bert.cli.plan", "predict memory, communication and speed on many GPUs"),
     "plot": Verb("megatron_bert.cli.plot", "draw the curves of a pretraining run"),

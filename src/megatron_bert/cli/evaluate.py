@@ -34,8 +34,8 @@ TASKS: dict[str, Task] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-bert evaluate``."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, task in TASKS.items():
-        one = tasks.add_parser(name, help=task.help, description=task.help, allow_abbrev=False)
+    for name, line in (*((name, task.help) for name, task in TASKS.items()), *_finetuned_tasks().items()):
+        one = tasks.add_parser(name, help=line, description=line, allow_abbrev=False)
         one.add_argument("--model", required=True, metavar="DIR|NAME", help="a model's folder, or its name on the hub")
         one.add_argument("--data", required=True, type=Path, metavar="F", help="the task's published file")
         one.add_argument("--output", type=Path, metavar="F", help="write predictions here; a killed run goes on")
@@ -46,9 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="number type"
         )
         one.add_argument("--batch-tokens", type=_count, default=8192, metavar="N", help="tokens together (8192)")
+        if name not in TASKS:
+            one.add_argument("--plot", type=Path, metavar="F.png", help="draw a confusion matrix of single labels")
         if name == "wikitext103":
             one.add_argument("--window", type=_count, metavar="N", help="tokens of a window (what the model takes)")
             one.add_argument("--overlap", type=_whole, metavar="N", help="of them seen before (half)")
+
+
+def _finetuned_tasks() -> dict[str, str]:
+    """The tasks that a model is fine-tuned for, with the line about each."""
+    from megatron_bert.tasks.table import TASKS as FINETUNED
+
+    return {name: entry.help for name, entry in FINETUNED.items()}
 
 
 def _whole(word: str) -> int:
@@ -67,11 +76,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints the figures; returns the exit code."""
     from megatron_bert.data.files import refuse_to_overwrite
 
-    if not args.data.is_file():
+    if not (args.data.is_file() if args.task in TASKS else args.data.exists()):
         raise UserError(f"--data {args.data}: no such file")
     if args.output is not None:
         refuse_to_overwrite([args.output], overwrite=args.overwrite)
-    figures = {"task": args.task, **_evaluate(args)}
+    evaluate = _evaluate if args.task in TASKS else _evaluate_finetuned
+    figures = {"task": args.task, **evaluate(args)}
     if args.json:
         print(json.dumps(figures))
     else:
@@ -101,6 +111,23 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
     return {**task.result(records), **task.settings, "model": "causal" if scorer.causal else "masked"}
+
+
+def _evaluate_finetuned(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from megatron_bert.tasks.evaluation import evaluate_task
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return evaluate_task(
+            args.task, args.model, args.data, device=args.device, dtype=args.dtype, batch_tokens=args.batch_tokens,
+            output=args.output, picture=args.plot,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
 
 
 def _task(args: argparse.Namespace, scorer: TokenScorer) -> Any:

@@ -15,6 +15,11 @@ from megatron_bert.cli import is_first_process
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert pretrain`."""
+    add_recipe_arguments(parser)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of every verb that trains from a recipe."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the run's configuration")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a value; may be repeated"

@@ -110,6 +110,11 @@ class StepPlanner:
         rows_of_steps = [len(self._rows(plans)) for plans in self._first_steps()]
         return replace(layout, micro_samples=best_num_rows(rows_of_steps, layout.micro_samples, layout.world_size))
 
+    def smallest_layout(self) -> BatchLayout:
+        """The packed layout whose micro-batch has the rows that a step of this rank takes, or the most it may have."""
+        per_rank = [-(-len(self._rows(plans)) // self.layout.world_size) for plans in self._first_steps()]
+        return replace(self.layout, micro_samples=min(self.layout.micro_samples, max(per_rank)))
+
     def fill_rates(self) -> tuple[float, float]:
         """With packing: real tokens per token of the rows in use, and of all rows that are computed."""
         real = used = computed = 0
@@ -185,13 +190,20 @@ class _Joined(NamedTuple):
 
 def _joined(batch: Batch) -> _Joined:
     parts = [(name, tensor.shape, tensor.dtype) for name, tensor in batch.items()]
-    return _Joined(torch.cat([tensor.flatten().long() for tensor in batch.values()]), parts)
+    return _Joined(torch.cat([_as_integers(tensor).flatten().long() for tensor in batch.values()]), parts)
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor  # its bits
 
 
 def _apart(joined: _Joined) -> Batch:
     sizes = [prod(shape) for _, shape, _ in joined.parts]
     pieces = zip(joined.parts, torch.split(joined.values, sizes), strict=True)
-    return {name: piece.view(*shape).to(dtype) for (name, shape, dtype), piece in pieces}
+    return {
+        name: (piece.int().view(torch.float32) if dtype == torch.float32 else piece.to(dtype)).view(*shape)
+        for (name, shape, dtype), piece in pieces
+    }
 
 
 def training_steps(

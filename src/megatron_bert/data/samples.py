@@ -99,7 +99,7 @@ class SampleIndex(Protocol):
 class Builder(Protocol):
     """Makes samples from plans."""
 
-    def build(self, plan: SamplePlan) -> Sample:
+    def build(self, plan: SamplePlan) -> Any:
         """The sample that `plan` describes."""
 
 

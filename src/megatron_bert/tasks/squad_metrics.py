@@ -66,13 +66,14 @@ def best_over(measure: Measure, prediction: str, answers: Sequence[str]) -> floa
 
 
 def squad_scores(predictions: Mapping[str, str], answers: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Percentages over all questions of `answers`, by id: `exact`, `f1`, `total`; where some have no answer, also
-    `HasAns_*` and `NoAns_*`. Answers that normalise to nothing are left out, as in the official script.
+    """Percentages over all questions of `answers`, by id: `exact`, `f1`, `total`; where some have no answer (2.0), also
+    `HasAns_*` and `NoAns_*`, and answers that normalise to nothing are left out, as by 2.0's script and not by 1.1's.
 
     Raises:
         UserError: a question has no prediction, or there are no questions.
     """
-    kept = {name: [text for text in texts if normalize(text)] for name, texts in answers.items()}
+    is_second = not all(answers.values())
+    kept = {name: [text for text in texts if normalize(text) or not is_second] for name, texts in answers.items()}
     exact, overlap = (_by_question(measure, predictions, kept) for measure in (exact_match, f1))
     scores = _means(exact, overlap, list(answers), "")
     without = [name for name, texts in kept.items() if not texts]

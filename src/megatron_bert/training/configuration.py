@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -18,6 +18,7 @@ from megatron_bert.errors import UserError
 
 __all__ = [
     "SIZES",
+    "ComputeSection",
     "DataSection",
     "MeshSection",
     "ModelSection",
@@ -25,9 +26,11 @@ __all__ = [
     "OptimizerSection",
     "PretrainConfiguration",
     "RuntimeSection",
+    "Section",
     "TrainingSection",
     "WeightedCorpus",
     "load_configuration",
+    "load_recipe",
 ]
 
 
@@ -44,11 +47,20 @@ SIZES = {
 }
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: an unknown key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def as_yaml(self) -> str:
+        """With every value spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-class ModelSection(_Section):
+
+Configuration = TypeVar("Configuration", bound=Section)
+
+
+class ModelSection(Section):
     """The network, in the words of `MegatronBertConfig`: a known size, numbers, or a checkpoint to start from."""
 
     size: str | None = None  # one of SIZES, which gives the numbers below that are left out
@@ -92,7 +104,7 @@ class ModelSection(_Section):
         return self
 
 
-class WeightedCorpus(_Section):
+class WeightedCorpus(Section):
     """One corpus of a blend."""
 
     prefix: Path  # of its token file
@@ -103,7 +115,7 @@ def _shape_of_tokens(value: Any) -> str:
     return "blend" if isinstance(value, list | tuple) else "prefix"
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text and how rows are cut from it."""
 
     # PREFIX of the token file, the --output of `megatron-bert preprocess`; or a list of {prefix, weight}
@@ -123,7 +135,7 @@ class DataSection(_Section):
         return [WeightedCorpus(prefix=self.tokens, weight=1.0)] if isinstance(self.tokens, Path) else self.tokens
 
 
-class ObjectiveSection(_Section):
+class ObjectiveSection(Section):
     """What the model has to predict: masked tokens and how a pair of segments belongs together, or the next token."""
 
     kind: Literal["masked", "causal"] = "masked"
@@ -164,7 +176,7 @@ class ObjectiveSection(_Section):
         return 1.0 if self.kind == "causal" else self.mask_share
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """AdamW with decoupled weight decay, none on biases and layer norms; or Muon on the layers' matrices and AdamW on
     the rest."""
 
@@ -186,7 +198,7 @@ class OptimizerSection(_Section):
         return self
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How long, how much at a time, from which seed."""
 
     steps: int = Field(gt=0)
@@ -203,24 +215,29 @@ class TrainingSection(_Section):
         return self
 
 
-class RuntimeSection(_Section):
+class ComputeSection(Section):
     """How it is computed and reported; never what comes out."""
 
     device: str = "auto"  # cuda where there is one, else cpu
     micro_batch_samples: int | None = Field(None, gt=0)  # of one forward pass; default: the whole batch
-    packing: bool = False  # several samples in a row; micro_batch_samples is then the most rows of a forward pass
     num_workers: int = Field(0, ge=0)  # processes that make samples; 0: this one
     compile: bool | None = None  # layers and head by torch.compile; default: on a GPU
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     tensorboard: bool = False  # event files beside the metrics
     log_every_steps: int = Field(10, gt=0)
-    evaluate_every_steps: int = Field(200, gt=0)
     checkpoint_every_steps: int = Field(1000, gt=0)  # besides at the end and when stopped
     keep_checkpoints: int = Field(3, gt=0)  # the last ones; older ones are removed
     stop_after_skipped_steps: int = Field(10, gt=0)  # in a row, for a loss or gradient that is not finite
 
 
-class MeshSection(_Section):
+class RuntimeSection(ComputeSection):
+    """Pretraining's own."""
+
+    packing: bool = False  # several samples in a row; micro_batch_samples is then the most rows of a forward pass
+    evaluate_every_steps: int = Field(200, gt=0)
+
+
+class MeshSection(Section):
     """How the processes that `torchrun` started share the run; never what comes out."""
 
     tensor: int = Field(1, gt=0)  # tensor-parallel degree: processes that share a sample and each layer's matrices
@@ -240,7 +257,7 @@ class MeshSection(_Section):
         return self
 
 
-class PretrainConfiguration(_Section):
+class PretrainConfiguration(Section):
     """A run. Every key of a recipe is a field here or below."""
 
     output: Path  # folder of the run: recipe.yaml, metrics.jsonl, model/
@@ -269,12 +286,13 @@ class PretrainConfiguration(_Section):
             raise ValueError("training.precision float8 does not go with mesh.tensor: shard instead, or use bfloat16")
         return self
 
-    def as_yaml(self) -> str:
-        """The configuration as a recipe with every value spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 def load_configuration(recipe: Path, overrides: Sequence[str] = ()) -> PretrainConfiguration:
+    """A pretraining run's configuration; see `load_recipe`."""
+    return load_recipe(recipe, overrides, PretrainConfiguration)
+
+
+def load_recipe(recipe: Path, overrides: Sequence[str], kind: type[Configuration]) -> Configuration:
     """The validated recipe, with `overrides` ("section.key=value", values in YAML) put in before validation.
 
     Raises:
@@ -287,13 +305,13 @@ def load_configuration(recipe: Path, overrides: Sequence[str] = ()) -> PretrainC
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{recipe} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{recipe} is not a recipe: it should hold the sections {', '.join(_sections())}")
+        raise UserError(f"{recipe} is not a recipe: it should hold the sections {', '.join(_sections(kind))}")
     for override in overrides:
         _apply(raw, override)
     try:
-        return PretrainConfiguration.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{recipe}: " + "; ".join(map(_problem, error.errors()))) from error
+        raise UserError(f"{recipe}: " + "; ".join(_problem(one, kind) for one in error.errors())) from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -313,11 +331,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     place[keys[-1]] = value
 
 
-def _problem(error: Any) -> str:
+def _problem(error: Any, kind: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return f"unknown key {name}{_nearest(path)}"
+        return f"unknown key {name}{_nearest(path, kind)}"
     if error["type"] == "missing":
         return f"{name} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
@@ -326,10 +344,10 @@ def _problem(error: Any) -> str:
     return f"{name}: {message}{shown}" if name else message
 
 
-def _nearest(path: list[str]) -> str:
+def _nearest(path: list[str], kind: type[BaseModel]) -> str:
     """`` (did you mean ...?)``: the most similar name, first among the same section's keys, then among all."""
-    sections = _sections()
-    own = sections.get(path[0], []) if len(path) > 1 else list(PretrainConfiguration.model_fields)
+    sections = _sections(kind)
+    own = sections.get(path[0], []) if len(path) > 1 else list(kind.model_fields)
     if path[:2] == ["data", "tokens"]:
         own = list(WeightedCorpus.model_fields)
     prefix = ".".join(path[:-1])
@@ -349,9 +367,11 @@ def _close(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def _sections() -> dict[str, list[str]]:
-    return {
-        name: list(field.annotation.model_fields)
-        for name, field in PretrainConfiguration.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
+def _sections(kind: type[BaseModel]) -> dict[str, list[str]]:
+    """The keys of each section; of one that may be left out (`lora`), too."""
+    sections = {}
+    for name, field in kind.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                sections[name] = list(part.model_fields)
+    return sections

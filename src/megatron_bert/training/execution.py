@@ -27,7 +27,7 @@ from megatron_bert.training.float8 import convert_layers, fuse_float8_projection
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.objective import Objective, TokenLosses, token_losses
 
-__all__ = ["build_objective", "fuse_projections", "recompute_activations", "should_compile"]
+__all__ = ["build_objective", "fuse_projections", "make_ready", "recompute_activations", "should_compile"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,48 @@ def build_objective(
     Raises:
         UserError: the model's shape cannot be split so, or not be computed in this precision.
     """
+    make_ready(
+        model,
+        device,
+        precision=precision,
+        row_tokens=row_tokens,
+        recompute=recompute,
+        compiled=compiled,
+        mesh=mesh,
+        keeps_layers=keeps_layers,
+    )
+    computes: TokenLosses = torch.compile(token_losses, dynamic=False) if compiled else token_losses
+    if mesh is not None and mesh.tensor_degree > 1:
+        computes = token_losses_on(mesh.region)
+    return Objective(
+        model,
+        device,
+        precision,
+        token_losses=computes,
+        shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
+    )
+
+
+def make_ready(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    precision: str,
+    row_tokens: int,
+    recompute: Recompute = "none",
+    compiled: bool = False,
+    mesh: ParallelMesh | None = None,
+    keeps_layers: bool = False,
+    fused: bool = True,
+) -> None:
+    """Puts onto a model how it is run; see `build_objective`, whose arguments these are.
+
+    Args:
+        fused: may the projections be fused; not where something is put between them and their weights.
+
+    Raises:
+        UserError: the model's shape cannot be split so, or not be computed in this precision.
+    """
     has_hooks = recompute == "full" or (mesh is not None and mesh.is_sharded)  # around each layer
     together = 1 if has_hooks else _LAYERS_TOGETHER
 
@@ -68,28 +110,18 @@ def build_objective(
         if precision == "float8":
             convert_layers(model, pads=not compiled or row_tokens % 16 != 0)
             fuse_float8_projections(model)
-        elif device.type == "cuda" and not (mesh and mesh.overlap):  # whose layers do so themselves
+        elif device.type == "cuda" and fused and not (mesh and mesh.overlap):  # whose layers do so themselves
             fuse_projections(model)
         recompute_activations(model, "selective" if recompute == "selective" else "none")
         if compiled:
             _compile_layers(model, together)
         recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled
 
-    computes: TokenLosses = torch.compile(token_losses, dynamic=False) if compiled else token_losses
     if mesh is None:
         prepare(model)
     else:
         parameter_dtype = None if precision == "float32" else torch.bfloat16
         parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=parameter_dtype, keeps_layers=keeps_layers)
-        if mesh.tensor_degree > 1:
-            computes = token_losses_on(mesh.region)
-    return Objective(
-        model,
-        device,
-        precision,
-        token_losses=computes,
-        shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
-    )
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:

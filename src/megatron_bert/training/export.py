@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -26,17 +26,21 @@ from megatron_bert.training.configuration import ObjectiveSection
 from megatron_bert.training.network import empty_network
 from megatron_bert.training.ranks import ALONE, Ranks
 
-__all__ = ["convert_run", "write_model_folder"]
+__all__ = ["convert_run", "write_model_folder", "write_whole_model"]
 
 _FILE_BYTES = "5GB"
 
 
 def write_model_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks = ALONE
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ranks: Ranks = ALONE,
+    files: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes config.json, the weights as safetensors and the tokenizer's files to `folder`, whole or not at all; a
-    folder that is there already is replaced. All ranks have to call it; the first one writes, and holds no more than
-    one file's weights (5 GB) beside its own parts.
+    """Writes config.json, the weights as safetensors, the tokenizer's files and the texts of `files` to `folder`, whole
+    or not at all; a folder that is there already is replaced. All ranks have to call it; the first one writes, and
+    holds no more than one file's weights (5 GB) beside its own parts.
 
     Raises:
         OSError: what the file system says.
@@ -44,15 +48,34 @@ def write_model_folder(
     weights, problem = whole_parameters(model), None
     if ranks.is_first:
         try:
-            with written_aside(folder, folder=True) as aside:
-                _write_weights(model, weights, aside)
-                _write_configuration(model, aside)
-                tokenizer.save_pretrained(aside)
+            _write_folder(model, weights, tokenizer, folder, files or {})
         except OSError as error:
             problem = error
     for _ in weights:  # the other ranks take part, and whatever happened nobody waits for anybody
         pass
     agreed(lambda: _raise(problem))
+
+
+def write_whole_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, files: Mapping[str, str]
+) -> None:
+    """The same of a model that this process has whole, without asking others."""
+    _write_folder(model, whole_parameters(model), tokenizer, folder, files)
+
+
+def _write_folder(
+    model: PreTrainedModel,
+    weights: Iterator[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    files: Mapping[str, str],
+) -> None:
+    with written_aside(folder, folder=True) as aside:
+        _write_weights(model, weights, aside)
+        _write_configuration(model, aside)
+        tokenizer.save_pretrained(aside)
+        for name, text in files.items():
+            (aside / name).write_text(text, encoding="utf-8")
 
 
 def _write_weights(model: PreTrainedModel, weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:

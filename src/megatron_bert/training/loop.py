@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from megatron_bert.data.batches import Batch, StepBatches
-from megatron_bert.training.configuration import PretrainConfiguration
+from megatron_bert.training.configuration import ComputeSection, OptimizerSection, TrainingSection
 from megatron_bert.training.metrics import MetricsSink
-from megatron_bert.training.objective import Objective
 from megatron_bert.training.ranks import ALONE, Ranks
 from megatron_bert.training.schedule import learning_rate, set_learning_rate
+from megatron_bert.training.selection import Selection
 from megatron_bert.training.skipped import NotFinite, SkippedSteps
 from megatron_bert.training.state import TrainState, Window
-from megatron_bert.training.step import Sums, evaluate_batch, train_step
+from megatron_bert.training.step import Minimised, Sums, evaluate_batch, train_step
 from megatron_bert.training.streams import streams_kept
 from megatron_bert.training.throughput import Throughput
 
-__all__ = ["Run", "evaluate", "train"]
+__all__ = ["Run", "mean_losses", "train"]
 
 
 def _nowhere(what: str) -> None:
@@ -35,50 +36,60 @@ class Run:
         objective: of the state's model.
         throughput: counts what it computes and waits.
         steps: from the state's position on, without end.
-        validation: makes a fresh pass over the held-out samples, or None.
+        evaluate: measures the state on what was held out, and moves nothing; None where nothing was.
         save: keeps the state as it is when called.
         stop_requested: whether somebody wants the run to stop.
         ranks: the processes that share it.
         at: is told what the loop goes on to.
+        selection: of the best state and of when to stop early, by what `evaluate` measures.
     """
 
-    configuration: PretrainConfiguration
+    training: TrainingSection
+    optimizer: OptimizerSection
+    runtime: ComputeSection
+    evaluate_every_steps: int
     state: TrainState
-    objective: Objective
+    objective: Minimised[Any, Any]
     throughput: Throughput
     steps: Iterator[StepBatches]
-    validation: Callable[[], Iterator[Batch]] | None
+    evaluate: Callable[[], dict[str, float]] | None
     save: Callable[[], None]
     stop_requested: Callable[[], bool]
     ranks: Ranks = ALONE
     at: Callable[[str], None] = _nowhere
+    selection: Selection | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step is done, or nothing got better for too long."""
+        is_last = self.state.step >= self.training.steps
+        return is_last or (self.selection is not None and self.selection.is_exhausted(self.state.best))
 
 
 def train(run: Run, sink: MetricsSink) -> None:
-    """Trains until the configured number of steps is done or somebody wants to stop, and saves what was reached.
+    """Trains until the run is done or somebody wants to stop, and saves what was reached.
 
     What is recorded of a step is recorded before its checkpoint, so that a run that goes on from there lacks nothing.
 
     Raises:
         NotFinite: `runtime.stop_after_skipped_steps` steps in a row were not applied; the state is saved.
     """
-    state, training, runtime = run.state, run.configuration.training, run.configuration.runtime
+    state, runtime = run.state, run.runtime
     skipped = SkippedSteps(state, sink, runtime.stop_after_skipped_steps)
     saved = state.step
     state.model.train()
     try:
-        while state.step < training.steps and not run.stop_requested():
+        while not run.is_done and not run.stop_requested():
             rate, norm = _step(run, skipped)
             sink.step_done()
-            final = state.step == training.steps
+            final = state.step == run.training.steps
             if state.step % runtime.log_every_steps == 0 or final:
                 skipped.count()
                 _record(run, sink, rate, norm)
-            if run.validation and (state.step % runtime.evaluate_every_steps == 0 or final):
-                with state.window.paused():
-                    state.validation = evaluate(run)
-                sink.validation(state.step, state.validation)
-            if state.step % runtime.checkpoint_every_steps == 0:
+            is_better = False
+            if run.evaluate and (state.step % run.evaluate_every_steps == 0 or final):
+                is_better = _evaluate(run, run.evaluate, sink)
+            if is_better or state.step % runtime.checkpoint_every_steps == 0:
                 skipped.count()
                 run.save()
                 saved = state.step
@@ -92,8 +103,8 @@ def train(run: Run, sink: MetricsSink) -> None:
 
 def _step(run: Run, skipped: SkippedSteps) -> tuple[float, Tensor]:
     """One step; returns its learning rate and its gradient's norm before clipping."""
-    state, training, optimizer = run.state, run.configuration.training, run.configuration.optimizer
-    rate = learning_rate(state.step, optimizer, training)
+    state, optimizer = run.state, run.optimizer
+    rate = learning_rate(state.step, optimizer, run.training)
     set_learning_rate(state.optimizer, rate)
     run.at(f"reading the samples of step {state.step + 1}")
     with run.throughput.waiting_for_data():
@@ -121,14 +132,31 @@ def _record(run: Run, sink: MetricsSink, rate: float, norm: Tensor) -> None:
     state.window = Window()
 
 
-def evaluate(run: Run) -> dict[str, float]:
+def _evaluate(run: Run, measure: Callable[[], dict[str, float]], sink: MetricsSink) -> bool:
+    """Measures and records the state; whether it is the best so far, where the best is looked for."""
+    state = run.state
+    with state.window.paused():
+        state.validation = measure()
+    sink.validation(state.step, state.validation)
+    if run.selection is None:
+        return False
+    before, state.best = state.best, run.selection.after(state.best, state.step, state.validation)
+    return state.best.step != before.step
+
+
+def mean_losses(
+    state: TrainState,
+    objective: Minimised[Any, Any],
+    batches: Callable[[], Iterator[Batch]],
+    ranks: Ranks = ALONE,
+    at: Callable[[str], None] = _nowhere,
+) -> dict[str, float]:
     """The means over all held-out samples, with the same masks each time; no random stream moves."""
-    assert run.validation is not None
-    state, sums = run.state, Sums()
+    sums = Sums()
     state.model.train(False)
     with streams_kept(state.device):
-        for batch in run.validation():
-            run.at(f"validation after step {state.step}")
-            sums = sums.plus(evaluate_batch(run.objective, run.objective.micro_batch(batch), run.ranks))
+        for batch in batches():
+            at(f"validation after step {state.step}")
+            sums = sums.plus(evaluate_batch(objective, objective.micro_batch(batch), ranks))
     state.model.train()
     return sums.means()

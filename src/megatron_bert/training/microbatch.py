@@ -1,12 +1,12 @@
 """A batch on its way to the model: what is predicted where, what lies beside what, and shapes that a compiler can keep.
 
-Legend: B batch, S sequence, M predicted positions of the batch, n sequences.
+Legend: B batch, S sequence, M predicted positions of the batch, n sequences, k labelled samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
 
-__all__ = ["FixedShapes", "MicroBatch", "moved"]
+__all__ = ["FixedShapes", "LabelledBatch", "LaidOut", "MicroBatch", "moved"]
 
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What a padded batch has, and what its padding holds.
@@ -99,28 +99,51 @@ class FixedShapes:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """A batch as the objective takes it; the numbers are known without asking the device.
+class LaidOut:
+    """What the model reads; the numbers are known without asking the device.
 
     Attributes:
         inputs: arguments of `MegatronBertModel`: input_ids, token_type_ids; packed position_ids and cu_seq_lens_q;
             filled up attention_mask, bool [B, 1, 1, S].
         layout: where the real tokens lie; None where every row is run whole.
-        positions: int64 [M], the predicted positions in the flattened [B * S].
-        targets: int64 [M], the tokens there; IGNORED where M was filled up.
-        pair_labels: int64 [B], packed [n]; IGNORED for a row without a pair; None where there are no pairs at all.
         num_attended_pairs: the sum of the squared lengths of real sequences: for counting FLOPs.
     """
 
     inputs: dict[str, Tensor]
     layout: PackedLayout | FixedLayout | None
+    num_tokens: int
+    num_attended_pairs: int
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`; the host does not wait for it."""
+        inputs = {name: moved(value, device) for name, value in self.inputs.items()}
+        layout = self.layout
+        if isinstance(layout, FixedLayout):
+            layout = FixedLayout(layout.layout, inputs["cu_seq_lens_q"], layout.max_length)
+        elif layout is not None:
+            indices = None if layout.indices_T is None else moved(layout.indices_T, device)
+            layout = replace(layout, device=device, indices_T=indices)
+        tensors: dict[str, Any] = {
+            name: moved(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, inputs=inputs, layout=layout, **tensors)
+
+
+@dataclass(frozen=True)
+class MicroBatch(LaidOut):
+    """A batch as the pretraining objective takes it.
+
+    Attributes:
+        positions: int64 [M], the predicted positions in the flattened [B * S].
+        targets: int64 [M], the tokens there; IGNORED where M was filled up.
+        pair_labels: int64 [B], packed [n]; IGNORED for a row without a pair; None where there are no pairs at all.
+    """
+
     positions: Tensor
     targets: Tensor
     pair_labels: Tensor | None
     num_masked: int
     num_pairs: int
-    num_tokens: int
-    num_attended_pairs: int
 
     @classmethod
     def of(cls, batch: Batch, shapes: FixedShapes | None = None) -> Self:
@@ -160,22 +183,52 @@ class MicroBatch:
             num_attended_pairs=int(lengths.square().sum()),
         )
 
-    def to(self, device: torch.device) -> Self:
-        """A copy on `device`; the host does not wait for it."""
-        inputs = {name: moved(value, device) for name, value in self.inputs.items()}
-        layout = self.layout
-        if isinstance(layout, FixedLayout):
-            layout = FixedLayout(layout.layout, inputs["cu_seq_lens_q"], layout.max_length)
-        elif layout is not None:
-            indices = None if layout.indices_T is None else moved(layout.indices_T, device)
-            layout = replace(layout, device=device, indices_T=indices)
-        return replace(
-            self,
-            inputs=inputs,
+
+@dataclass(frozen=True)
+class LabelledBatch(LaidOut):
+    """A packed batch of labelled samples (see `data.labelled`), as the objective of a task takes it.
+
+    Attributes:
+        sequences: int64, which of the n sequences are texts of samples, in their order; the others are padding.
+        targets: of the k samples, as `data.labelled.collate_labelled` gives them.
+        tokens: int64, where the texts' tokens are among the batch's, one text after the other.
+        places: int64 [texts, longest], the same with a row a text, -1 beyond its end.
+        lengths: of the texts, in tokens.
+        rows: the samples' numbers.
+        num_terms: of the loss: targets that are known.
+    """
+
+    sequences: Tensor
+    targets: Tensor
+    tokens: Tensor
+    places: Tensor
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+    num_terms: int
+
+    @classmethod
+    def of(cls, batch: Batch, shapes: FixedShapes | None = None) -> Self:
+        """From a collated batch in the CPU's memory; with `shapes`, its sequences are filled up to them."""
+        layout, boundaries = _packed_layout(batch, shapes)
+        inputs = {name: batch[name] for name in _INPUTS}
+        targets, bounds = batch["targets"], batch["cu_seq_lens"].long()
+        starts, lengths = bounds[batch["sequences"]], bounds.diff()[batch["sequences"]]
+        counting = torch.arange(int(lengths.max()) if len(lengths) else 1)
+        places = torch.where(counting < lengths[:, None], starts[:, None] + counting, -1)
+        known = ~targets.isnan() if targets.is_floating_point() else targets != IGNORED
+        terms = known.all(-1) if targets.ndim == 2 and not targets.is_floating_point() else known  # a span is one
+        return cls(
+            inputs={**inputs, "cu_seq_lens_q": boundaries},
             layout=layout,
-            positions=moved(self.positions, device),
-            targets=moved(self.targets, device),
-            pair_labels=None if self.pair_labels is None else moved(self.pair_labels, device),
+            sequences=batch["sequences"],
+            targets=targets,
+            tokens=places[places >= 0],
+            places=places,
+            lengths=tuple(lengths.tolist()),
+            rows=tuple(batch["rows"].tolist()),
+            num_terms=int(terms.sum()),
+            num_tokens=int(lengths.sum()),
+            num_attended_pairs=int(lengths.square().sum()),
         )
 
 

@@ -9,7 +9,7 @@ laid out never changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from torch.nn import functional
 from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.training.microbatch import FixedShapes, MicroBatch
+from megatron_bert.training.sums import Sums
 
-__all__ = ["Losses", "Objective", "mean_loss", "token_losses"]
+__all__ = ["Losses", "Objective", "at_least_1", "autocast", "mean_loss", "token_losses"]
 
 TokenLosses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -68,6 +69,28 @@ class Objective:
         """A collated batch as this objective takes it, still in the CPU's memory."""
         return MicroBatch.of(batch, self.shapes)
 
+    def numbers(self, batch: MicroBatch) -> tuple[int, ...]:
+        """Of predicted tokens and of pairs."""
+        return batch.num_masked, batch.num_pairs
+
+    def mean(self, losses: Losses, numbers: Sequence[Tensor | int]) -> Tensor:
+        """See `mean_loss`."""
+        return mean_loss(losses, *numbers)
+
+    def sums(self, losses: Losses, batch: MicroBatch) -> Sums:
+        """What was seen of a micro-batch."""
+        return Sums(
+            masked_lm=losses.masked_lm.detach(),
+            pair=losses.pair.detach(),
+            masked_lm_correct=losses.masked_lm_correct,
+            pair_correct=losses.pair_correct,
+            num_masked=batch.num_masked,
+            num_pairs=batch.num_pairs,
+            num_predicted=batch.num_masked,
+            num_tokens=batch.num_tokens,
+            num_attended_pairs=batch.num_attended_pairs,
+        )
+
     def __call__(self, cpu_batch: MicroBatch) -> Losses:
         """The losses of one micro-batch, summed over predicted tokens and over pairs."""
         batch = cpu_batch.to(self.device)
@@ -97,8 +120,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 def mean_loss(losses: Losses, num_masked: Tensor | int, num_pairs: Tensor | int) -> Tensor:
     """The loss per predicted token plus the pair loss per pair, for the step's global numbers of both."""
-    return losses.masked_lm / _at_least_1(num_masked) + losses.pair / _at_least_1(num_pairs)
+    return losses.masked_lm / at_least_1(num_masked) + losses.pair / at_least_1(num_pairs)
 
 
-def _at_least_1(number: Tensor | int) -> Tensor | int:
+def at_least_1(number: Tensor | int) -> Tensor | int:
+    """A number to divide by."""
     return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from megatron_bert.data.files import written_aside
 from megatron_bert.errors import UserError
+from megatron_bert.training.selection import SCORE
 
 __all__ = ["NothingToPlot", "plot_run"]
 
@@ -20,11 +21,20 @@ Records = Sequence[dict[str, Any]]
 _KINDS = ("training", "validation")
 
 # A panel's title, its quantities with their names in the legend, and whether its axis is logarithmic.
-_PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
-    ("loss (nats)", {"masked_lm_loss": "token", "pair_loss": "pair"}, False),
-    ("predicted right (share)", {"masked_lm_accuracy": "token", "pair_accuracy": "pair"}, False),
+Panels = tuple[tuple[str, dict[str, str], bool], ...]
+_COMMON: Panels = (
     ("gradient norm, before clipping", {"gradient_norm": "norm"}, True),
     ("tokens per second", {"tokens_per_second": "tokens"}, False),
+)
+_PRETRAINING: Panels = (
+    ("loss (nats)", {"masked_lm_loss": "token", "pair_loss": "pair"}, False),
+    ("predicted right (share)", {"masked_lm_accuracy": "token", "pair_accuracy": "pair"}, False),
+    *_COMMON,
+)
+_TASK: Panels = (
+    ("loss", {"loss": "loss"}, False),
+    ("score that chooses the best checkpoint", {SCORE: "score"}, False),
+    *_COMMON,
 )
 
 
@@ -52,7 +62,8 @@ def plot_run(run: Path, picture: Path | None = None) -> Path:
         raise NothingToPlot(f"{run / 'metrics.jsonl'} has no training record yet: see runtime.log_every_steps")
     figure = Figure(figsize=(11, 7))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.88, wspace=0.18, hspace=0.36)
-    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+    panels = _TASK if validation and SCORE in validation[0] else _PRETRAINING
+    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         _draw(axes, names, training, validation)
         axes.set_title(title)
         axes.set_xlabel("step")

@@ -78,7 +78,9 @@ def refuse_changes(
 def _never(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     if key == "objective.pair":  # with pairs there is a head for them
         return "none" in (before.get(key), now.get(key))
-    return key in ("data.tokenizer", "objective.kind") or (key.startswith("model.") and key not in _MAY_CHANGE_OF_MODEL)
+    if key in ("data.tokenizer", "objective.kind", "task.name", "lora.rank", "lora.targets"):
+        return True
+    return key.startswith("model.") and key not in _MAY_CHANGE_OF_MODEL
 
 
 def _no_key(key: str, known: Collection[str]) -> str:

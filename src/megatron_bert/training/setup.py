@@ -33,9 +33,10 @@ from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.ranks import Ranks
 from megatron_bert.training.resume import run_identity
+from megatron_bert.training.session import Recipe
 from megatron_bert.training.state import TrainState, restore
 
-__all__ = ["Setup", "joined", "set_up"]
+__all__ = ["Setup", "facts", "joined", "set_up"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ _GRACE_SECONDS = 60  # that the library waits longer than we do, whose message s
 
 
 @contextmanager
-def joined(configuration: PretrainConfiguration) -> Iterator[torch.device]:
+def joined(configuration: Recipe) -> Iterator[torch.device]:
     """This process's device. The processes that torchrun started are joined, unless whoever calls has done so.
 
     Raises:
@@ -142,7 +143,7 @@ def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
     if configuration.training.precision == "float8":
         agreed(lambda: check_float8(device))
     if ranks.mesh is not None:
-        check_agreement(_facts(configuration))
+        check_agreement(facts(configuration))
     tokenizer = agreed(lambda: load_tokenizer(configuration.data.tokenizer))
     corpus = agreed(lambda: open_corpus(configuration, tokenizer))
     layout = agreed(lambda: corpus.best_layout(_layout(configuration, ranks)))
@@ -150,7 +151,7 @@ def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
     return Setup(configuration, device, ranks, tokenizer, corpus, layout, identity)
 
 
-def _facts(configuration: PretrainConfiguration) -> dict[str, str]:
+def facts(configuration: Recipe) -> dict[str, str]:
     """What has to be the same on all processes."""
     recipe = hashlib.sha256(configuration.as_yaml().encode()).hexdigest()[:12]
     return {"the recipe (its fingerprint)": recipe, "megatron-bert's code (its fingerprint)": _fingerprint_of_code(),

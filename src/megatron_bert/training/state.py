@@ -25,10 +25,11 @@ from megatron_bert.checkpoint.writer import Snapshot
 from megatron_bert.data.batches import Position
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.ranks import ALONE, Ranks
+from megatron_bert.training.selection import Best
 from megatron_bert.training.step import Sums
 from megatron_bert.training.streams import random_streams, set_random_streams
 
-__all__ = ["TrainState", "Window", "restore", "snapshot"]
+__all__ = ["TrainState", "Window", "restore", "restore_weights", "snapshot"]
 
 
 class Window:
@@ -74,6 +75,7 @@ class TrainState:
         skipped, skipped_in_a_row: steps that were not applied, in all and since the last one that was.
         window: of the next training record.
         validation: the last validation's means.
+        best: of all evaluations, where the best state is looked for.
         shapes: what batches are filled up to where the model is compiled; it grows with what was seen, and the order of
             a sum may depend on it.
     """
@@ -87,6 +89,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     window: Window = field(default_factory=Window)
     validation: dict[str, float] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
     shapes: FixedShapes | None = None
 
 
@@ -104,6 +107,7 @@ def snapshot(state: TrainState, about: Mapping[str, Any], layout: Sequence[int] 
     record = {name: getattr(state, name) for name in _COUNTERS} | {
         "position": state.position.as_dict(),
         "window": state.window.as_dict(),
+        "best": asdict(state.best) if state.best.step else None,
         "shapes": asdict(state.shapes) if state.shapes else None,
         "tied": ties,
         "layout": layout,
@@ -135,11 +139,26 @@ def restore(state: TrainState, checkpoint: Path, ranks: Ranks = ALONE) -> None:
         setattr(state, name, record[name])
     state.position = Position.of(record["position"])
     state.window = Window.of(record["window"])
+    state.best = Best(**record["best"]) if record.get("best") else Best()
     state.shapes = FixedShapes(**record["shapes"]) if record["shapes"] else None
     if record["layout"] == ranks.layout:
         set_random_streams(read_streams(checkpoint, ranks.rank), state.device)
     else:
         torch.manual_seed(ranks.stream_seed(torch.initial_seed(), state.step))
+
+
+def restore_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Puts the model's weights to those of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of a model with other shapes.
+    """
+    ties = read_state(checkpoint)["tied"]
+    weights: Mapping[str, Any] = get_model_state_dict(model)
+    targets = {MODEL_PREFIX + name: weight for name, weight in weights.items() if name not in ties}
+    read_tensors(checkpoint, targets)
+    read = {name.removeprefix(MODEL_PREFIX): weight for name, weight in targets.items()}
+    set_model_state_dict(model, read | {name: read[source] for name, source in ties.items()})
 
 
 def _tensors(state: TrainState, ties: Mapping[str, str]) -> dict[str, Tensor]:

@@ -1,0 +1,21 @@
+"""What a test of fine-tuning runs in each process of a world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_bert.errors import UserError
+from megatron_bert.tasks.configuration import configuration_of
+from megatron_bert.tasks.finetune import finetune
+from megatron_bert.tasks.table import task_class
+from megatron_bert.training.configuration import load_recipe
+
+
+def finetunes(task: str, recipe: Path, *overrides: str) -> Any:
+    """The runs as `torchrun` would do them, in processes that have joined; or what a person is told."""
+    try:
+        report = finetune(task, load_recipe(recipe, overrides, configuration_of(task_class(task))))
+    except UserError as error:
+        return str(error)
+    return [(outcome.step, outcome.best_step, outcome.scores) for outcome in report.runs]
