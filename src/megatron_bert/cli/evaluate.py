@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_bert.bundled import resolved
 from megatron_bert.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, line in (*((name, task.help) for name, task in TASKS.items()), *_finetuned_tasks().items()):
         one = tasks.add_parser(name, help=line, description=line, allow_abbrev=False)
-        one.add_argument("--model", required=True, metavar="DIR|NAME", help="a model's folder, or its name on the hub")
+        one.add_argument(
+            "--model", type=resolved, required=True, metavar="DIR|NAME", help="a model's folder, or its name on the hub"
+        )
         one.add_argument("--data", required=True, type=Path, metavar="F", help="the task's published file")
         one.add_argument("--output", type=Path, metavar="F", help="write predictions here; a killed run goes on")
         one.add_argument("--overwrite", action="store_true", help="replace a finished predictions file")

@@ -104,6 +104,8 @@ def _log_on_stderr(prefix: str) -> Iterator[None]:
     """Shows what the package logs, one line each, on the first process of a run; other packages' logs are theirs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
+    for library in ("torchao", "torch.utils._pytree"):  # Transformers imports it, and it tells what it cannot load
+        logging.getLogger(library).setLevel(logging.ERROR)
     logger = logging.getLogger("megatron_bert")
     level = logger.level
     logger.addHandler(handler)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from megatron_bert.tasks.task import Task, TaskSettings
-from megatron_bert.training.configuration import ComputeSection, MeshSection, OptimizerSection, Section
+from megatron_bert.training.configuration import ComputeSection, MeshSection, ModelFolder, OptimizerSection, Section
 
 __all__ = [
     "FinetuneConfiguration",
@@ -23,7 +23,7 @@ __all__ = [
 class FinetuneModelSection(Section):
     """The network to start from, which gets the task's head."""
 
-    start_from: Path  # a Transformers folder: weights, shape and tokenizer
+    start_from: ModelFolder  # a Transformers folder, or mini: weights, shape and tokenizer
     new_head: bool = False  # leave out the head that the folder may have from another fine-tuning
     hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from megatron_bert.bundled import resolved
 from megatron_bert.errors import UserError
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ComputeSection",
     "DataSection",
     "MeshSection",
+    "ModelFolder",
     "ModelSection",
     "ObjectiveSection",
     "OptimizerSection",
@@ -47,6 +49,10 @@ SIZES = {
 }
 
 
+# A Transformers folder, or the name of the model in the box.
+ModelFolder = Annotated[Path, BeforeValidator(lambda value: resolved(value) if isinstance(value, str) else value)]
+
+
 class Section(BaseModel):
     """A part of a recipe: an unknown key is an error."""
 
@@ -64,7 +70,9 @@ class ModelSection(Section):
     """The network, in the words of `MegatronBertConfig`: a known size, numbers, or a checkpoint to start from."""
 
     size: str | None = None  # one of SIZES, which gives the numbers below that are left out
-    start_from: Path | None = None  # a Transformers folder: its weights and its shape, nothing of which is given here
+    start_from: ModelFolder | None = (
+        None  # a Transformers folder, or mini: its weights and its shape, nothing of which is given here
+    )
     hidden_size: int | None = Field(None, gt=0)
     num_hidden_layers: int | None = Field(None, gt=0)
     num_attention_heads: int | None = Field(None, gt=0)
