@@ -13,7 +13,10 @@ from tests.distributed.world import World
 from tests.integration.tiny_tasks import prepare_tasks, write_task_recipe
 
 TOLERANCE = 1e-5
-ROUNDING = 1e-7  # of what nothing moves: the biases of the keys, and that of all choices
+# Of what only rounding moves: six steps of 3e-3 by a gradient of some 1e-7 over Adam's epsilon. Softmax does not change
+# with the biases of the keys, nor with that of all choices.
+ROUNDING = 2e-6
+UNMOVED = {"race": ("key.bias", "classifier.bias")}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,8 @@ def test_the_same_run(
     weights, reference = (load_file(one / "model" / "model.safetensors") for one in (run, alone))
     assert weights.keys() == reference.keys()
     for name, weight in reference.items():
-        assert float((weights[name] - weight).norm()) <= TOLERANCE * float(weight.norm()) + ROUNDING, name
+        rounding = ROUNDING if name.endswith(UNMOVED.get(task, ("key.bias",))) else 1e-7
+        assert float((weights[name] - weight).norm()) <= TOLERANCE * float(weight.norm()) + rounding, name
     assert (run / "model" / "config.json").read_text() == (alone / "model" / "config.json").read_text()
 
 
