@@ -1,5 +1,6 @@
 """The objective of tasks beside Transformers' own classes on padded rows, and how samples become batches."""
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -7,16 +8,17 @@ import pytest
 import torch
 import transformers
 
-from megatron_bert.data.batches import _apart, _joined
+from megatron_bert.data.batches import BatchLayout, Position, _apart, _joined
 from megatron_bert.data.labelled import LabelledIndex, LabelledSample, LabelledTexts, Row, Text, collate_labelled
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertConfig
-from megatron_bert.training.microbatch import FixedShapes
+from megatron_bert.tasks.splits import Batches, Split
+from megatron_bert.training.microbatch import FixedShapes, LabelledBatch
 from megatron_bert.training.supervised import HEADS, Head, Problem, SupervisedObjective, target_kind
 
 CPU, LENGTHS, ROW_TOKENS = torch.device("cpu"), (7, 3, 12, 5), 16
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-         "max_position_embeddings": 32, "initializer_range": 0.2}  # fmt: skip
+         "max_position_embeddings": 12, "initializer_range": 0.2}  # fmt: skip
 CASES: list[tuple[Head, Problem | None, int]] = [
     ("sequence", "single_label_classification", 3), ("sequence", "multi_label_classification", 3),
     ("sequence", "regression", 1), ("token", None, 3), ("span", None, 2), ("choice", None, 2),
@@ -89,8 +91,9 @@ def test_the_loss_is_transformers(head: Head, problem: Problem | None, num_label
     packings = [
         (collate_labelled([[first, *others]], kind, num_labels, 0), None),
         (collate_labelled([[None], [first], others], kind, num_labels, 0), None),
-        (collate_labelled([[first, *others[:1]], [*others[1:]], []], kind, num_labels, 0, 32), FixedShapes(3, 32, 0.0)),
-    ]
+        (collate_labelled([[first, *others[:1]], [*others[1:]], []], kind, num_labels, 0, 32, 12),
+         FixedShapes(3, 32, 0.0, 12)),
+    ]  # fmt: skip
     seen = []
     for batch, shapes in packings:
         objective = SupervisedObjective(ours, CPU, head, problem, shapes=shapes)
@@ -121,6 +124,41 @@ def test_a_batch_without_samples(head: Head, problem: Problem | None, num_labels
     assert outputs == []
     assert objective.numbers(micro) == (0,)
     assert not model.bert.encoder.layer[0].output.dense.weight.grad.any()
+
+
+class Choosing:
+    """What batches ask of a task."""
+
+    head = "choice"
+
+    def problem(self) -> None:
+        """None of its own."""
+
+
+@pytest.mark.parametrize("limit", [2, 8])
+def test_packed_batches_have_one_shape(limit: int) -> None:
+    """Of a compiled model: every row once, in training and after it, and nowhere a position that no text has."""
+    random = np.random.default_rng(1)
+    made = [
+        Row(at, tuple(Text((7,) * length, (0,) * length) for length in random.integers(30, 50, 4)), at % 4)
+        for at in range(40)
+    ]
+    split = Split(made, made, LabelledTexts(made))
+    longest = max(len(text.input_ids) for row in made for text in row.texts)
+    layout = BatchLayout(8, limit, packing=True)
+    batches = Batches.of(Choosing(), 1, 0, layout, [split], 5)  # type: ignore[arg-type]
+    steps = batches.steps(split, 5, Position(), num_workers=0, pin=False)
+    epoch = [batch for step in islice(steps, 5) for batch in step.micro_batches]
+    shapes = FixedShapes(batches.layout.micro_samples, batches.row_tokens, 0.0, batches.text_tokens)
+    assert batches.row_tokens <= -(-limit * split.longest // 64) * 64
+    for seen in (epoch, list(batches.once(split))):
+        assert {batch["input_ids"].shape for batch in seen} == {(1, batches.row_tokens)}
+        assert max(int(batch["position_ids"].max()) for batch in seen) == longest - 1
+        micro = [LabelledBatch.of(batch, shapes) for batch in seen]
+        assert sorted(row for one in micro for row in one.rows) == list(range(40))
+        assert {one.layout.max_length for one in micro if one.layout} == {longest}
+        assert all(max(one.layout.lengths) <= longest for one in micro if one.layout)
+    steps.close()
 
 
 def test_every_epoch_has_every_row_once_in_another_order() -> None:

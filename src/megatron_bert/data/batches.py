@@ -19,6 +19,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -42,6 +43,7 @@ _RowPlans = list[list[SamplePlan]]  # a micro-batch: the samples of each of its 
 
 _EMPTY = SamplePlan(SampleKey(0, 0, 0), (), 0)
 _TRIED_STEPS, _TRIED_SAMPLES = 16, 20_000  # to find out how many rows a packed step takes
+_MEASURED_STEPS = 64  # and how many tokens: where one step is larger than all these, it takes a pass more
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,9 @@ class StepPlanner:
         rows_of_steps = [len(self._rows(plans)) for plans in self._first_steps()]
         return replace(layout, micro_samples=best_num_rows(rows_of_steps, layout.micro_samples, layout.world_size))
 
-    def smallest_layout(self) -> BatchLayout:
-        """The packed layout whose micro-batch has the rows that a step of this rank takes, or the most it may have."""
-        per_rank = [-(-len(self._rows(plans)) // self.layout.world_size) for plans in self._first_steps()]
-        return replace(self.layout, micro_samples=min(self.layout.micro_samples, max(per_rank)))
+    def lengths_of_steps(self) -> list[npt.NDArray[np.int64]]:
+        """Of the samples of the first steps, over all ranks, in tokens."""
+        return [np.array([plan.row_tokens for plan in plans]) for plans in self._first_steps(_MEASURED_STEPS)]
 
     def fill_rates(self) -> tuple[float, float]:
         """With packing: real tokens per token of the rows in use, and of all rows that are computed."""
@@ -137,10 +138,10 @@ class StepPlanner:
         plan: SamplePlan = self.blend.index(key.corpus, key.epoch).plan(key.index)
         return plan
 
-    def _first_steps(self) -> Iterator[list[SamplePlan]]:
+    def _first_steps(self, number: int = _TRIED_STEPS) -> Iterator[list[SamplePlan]]:
         """Always those of the start, wherever a run goes on: the shapes of its batches stay as they were."""
         samples, position = self.layout.samples, Position()
-        for _ in range(max(1, min(_TRIED_STEPS, _TRIED_SAMPLES // samples))):
+        for _ in range(max(1, min(number, _TRIED_SAMPLES // samples))):
             keys, position = self.blend.take(position, samples)
             yield [self._plan(key) for key in keys]
 

@@ -84,6 +84,11 @@ class LabelledTexts:
         first = number * self.texts_of_row
         return self.bounds[first + self.texts_of_row] - self.bounds[first]
 
+    @property
+    def longest_text(self) -> int:
+        """In tokens."""
+        return int(np.diff(self.bounds).max(initial=0))
+
     def build(self, plan: SamplePlan) -> LabelledSample | None:
         """The row of `plan`; None for an empty plan, which is there to fill up a step."""
         if not plan.spans:
@@ -119,9 +124,10 @@ def collate_labelled(
     num_outputs: int,
     pad_id: int,
     row_tokens: int = 0,
+    text_tokens: int = 0,
 ) -> Batch:
-    """Samples end to end: all in one row that they fill, or with `row_tokens` in the rows given, each filled up with a
-    sequence of padding.
+    """Samples end to end: all in one row that they fill, or with `row_tokens` in the rows given, each filled up with
+    sequences of padding, none longer than `text_tokens` (0: than a row): the model may have no positions for more.
 
     Returns:
         `input_ids`, `token_type_ids` and `position_ids` (from 0 in each sequence), int64 [B, S];
@@ -150,8 +156,9 @@ def collate_labelled(
         if room:  # a row of padding has one token at least: the model cannot be run on nothing
             ids.append(np.full(room, pad_id, np.int64))
             types.append(np.zeros(room, np.int64))
-            positions.append(np.arange(room))
-            bounds.append(bounds[-1] + room)
+            longest, end = text_tokens or room, bounds[-1] + room
+            positions.append(np.arange(room) % longest)
+            bounds += [*range(bounds[-1] + longest, end, longest), end]
     shape = (len(rows), -1)
     return {
         "input_ids": torch.from_numpy(np.concatenate(ids)).view(shape),

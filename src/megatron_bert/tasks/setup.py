@@ -236,8 +236,10 @@ class RunSetup:
             keeps_layers=configuration.mesh.keep_layers,
             fused=configuration.lora is None,
         )
-        rows = self.batches.layout.micro_samples
-        shapes = FixedShapes(rows, self.batches.row_tokens, 0.0) if compiled else None
+        batches = self.batches
+        shapes = None
+        if compiled:
+            shapes = FixedShapes(batches.layout.micro_samples, batches.row_tokens, 0.0, batches.text_tokens)
         task = inputs.task
         return SupervisedObjective(
             network, inputs.device, task.head, task.problem(), self.training.precision, shapes=shapes

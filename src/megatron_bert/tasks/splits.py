@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_bert.data.batches import Batch, BatchLayout, StepBatches, StepPlan
 from megatron_bert.data.blending import Blend, Position
 from megatron_bert.data.collation import Collate
 from megatron_bert.data.labelled import LabelledIndex, LabelledTexts, collate_labelled
+from megatron_bert.data.packing import best_row_tokens
 from megatron_bert.errors import UserError
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.launch import exchange
@@ -30,7 +31,6 @@ __all__ = ["Batches", "Split", "open_split", "outputs_of"]
 log = logging.getLogger(__name__)
 
 _SHOWN = 3  # of the examples that are left out
-_ROW_MULTIPLE = 64  # tokens of a packed row
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Batches:
     Attributes:
         row_tokens: of a packed row, into which a compiled model's samples are put; 0: a batch is one row of just its
             tokens.
+        text_tokens: of the longest text of packed rows.
     """
 
     task: Task[Any, Any]
@@ -84,6 +85,7 @@ class Batches:
     pad_id: int
     layout: BatchLayout
     row_tokens: int = 0
+    text_tokens: int = 0
 
     @classmethod
     def of(
@@ -95,8 +97,8 @@ class Batches:
         splits: Sequence[Split],
         seed: int,
     ) -> Batches:
-        """With packing, for the longest row of all `splits`, the first of which is trained on: micro-batches have the
-        rows that its steps take.
+        """With packing a micro-batch is one row, as long as the steps of the first of `splits`, which is trained on,
+        need it, and at most as `layout.micro_samples` of the longest samples of all splits together.
 
         Raises:
             UserError: the samples of a step cannot be shared equally.
@@ -106,9 +108,10 @@ class Batches:
         if not layout.packing:
             return made
         longest = max(split.longest for split in splits)
-        made = cls(task, num_outputs, pad_id, layout, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-        planner = made._planner(splits[0].texts, seed)
-        return cls(task, num_outputs, pad_id, planner.smallest_layout(), made.row_tokens)
+        limit = layout.micro_samples * longest
+        row_tokens = best_row_tokens(planner.lengths_of_steps(), longest, limit, layout.world_size)
+        text_tokens = max(split.texts.longest_text for split in splits)
+        return cls(task, num_outputs, pad_id, replace(layout, micro_samples=1), row_tokens, text_tokens)
 
     def steps(
         self, split: Split, seed: int, start: Position, *, num_workers: int, pin: bool
@@ -129,8 +132,9 @@ class Batches:
     def _collate(self) -> Collate:
         kind = target_kind(self.task.head, self.task.problem())
         return partial(
-            collate_labelled, kind=kind, num_outputs=self.num_outputs, pad_id=self.pad_id, row_tokens=self.row_tokens
-        )
+            collate_labelled, kind=kind, num_outputs=self.num_outputs, pad_id=self.pad_id, row_tokens=self.row_tokens,
+            text_tokens=self.text_tokens,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -143,17 +147,20 @@ def outputs_of(
     """The head's logits of every row, in order, and the mean losses, for a model in evaluation mode. The same on every
     rank.
     """
-    found: dict[int, npt.NDArray[np.float32]] = {}
-    sums = Sums()
+    pending, sums = [], Sums()
     for batch in batches:
         at()
         micro = objective.micro_batch(batch)
         losses, logits = call_within(objective.model, objective.predicted, micro)
         sums = sums.plus(objective.sums(losses, micro).over(ranks, objective.device))
-        shapes = [one.shape for one in logits]
-        flat = torch.cat([one.flatten() for one in logits]).cpu().numpy() if logits else np.empty(0, np.float32)
-        pieces = np.split(flat, np.cumsum([shape.numel() for shape in shapes])[:-1])
-        found |= {row: piece.reshape(shape) for row, piece, shape in zip(micro.rows, pieces, shapes, strict=False)}
+        flat = torch.cat([one.flatten() for one in logits]) if logits else torch.empty(0)
+        pending.append((micro.rows, [one.shape for one in logits], flat.to("cpu", non_blocking=True)))
+    if objective.device.type == "cuda":
+        torch.cuda.synchronize(objective.device)  # once: while the device computes a batch, the next one is made
+    found: dict[int, npt.NDArray[np.float32]] = {}
+    for rows, shapes, flat in pending:
+        pieces = np.split(flat.numpy(), np.cumsum([shape.numel() for shape in shapes])[:-1])
+        found |= {row: piece.reshape(shape) for row, piece, shape in zip(rows, pieces, shapes, strict=False)}
     for theirs in exchange(found):
         found |= theirs
     return [found[row] for row in range(len(found))], sums.means()

@@ -75,11 +75,13 @@ class FixedShapes:
     Attributes:
         rows, row_tokens: of every batch.
         predicted_share: the expected share of tokens that are predicted.
+        sequence_tokens: no sequence of a packed batch is longer; 0: than a row.
     """
 
     rows: int
     row_tokens: int
     predicted_share: float
+    sequence_tokens: int = 0
     _predicted: int = 0
     _sequences: int = 0
 
@@ -252,7 +254,7 @@ def _packed_layout(batch: Batch, shapes: FixedShapes | None) -> tuple[PackedLayo
         return layout, boundaries
     room = shapes.sequences(len(boundaries) - 1) + 1 - len(boundaries)
     filled = torch.cat([boundaries, boundaries[-1:].expand(room)])
-    return FixedLayout(layout, filled, columns), filled
+    return FixedLayout(layout, filled, shapes.sequence_tokens or columns), filled
 
 
 def _filled_up(batch: Batch, shapes: FixedShapes) -> Batch:

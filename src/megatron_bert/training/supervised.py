@@ -104,19 +104,22 @@ class SupervisedObjective:
 
     def __call__(self, cpu_batch: LabelledBatch) -> TaskLosses:
         """The losses of one micro-batch, summed over its terms."""
-        return self.predicted(cpu_batch)[0]
+        return self._run(cpu_batch.to(self.device))[0]
 
     def predicted(self, cpu_batch: LabelledBatch) -> tuple[TaskLosses, list[Tensor]]:
         """The losses, and the logits of each sample: [L], [C], [S, L], or [2, S]; float32, on the device."""
         batch = cpu_batch.to(self.device)
-        with autocast(self.device, self.precision):
-            logits = self._logits(batch)
-        losses = TaskLosses(*self._losses(logits, batch.targets))
+        losses, logits = self._run(batch)
         if self.head in ("sequence", "choice"):
             return losses, list(logits.unbind())
         if self.head == "token":
             return losses, list(torch.split(logits, list(batch.lengths)))
         return losses, [one[:, :length] for one, length in zip(logits, batch.lengths, strict=True)]
+
+    def _run(self, batch: LabelledBatch) -> tuple[TaskLosses, Tensor]:
+        with autocast(self.device, self.precision):
+            logits = self._logits(batch)
+        return TaskLosses(*self._losses(logits, batch.targets)), logits
 
     def _logits(self, batch: LabelledBatch) -> Tensor:
         """float32 [k, L], [k, C], [T, L], or [k, 2, longest], the smallest number beyond a sequence's end."""
