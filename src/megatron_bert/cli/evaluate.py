@@ -77,6 +77,9 @@ def _count(word: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures; returns the exit code."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
     from megatron_bert.data.files import refuse_to_overwrite
 
     if not (args.data.is_file() if args.task in TASKS else args.data.exists()):
@@ -84,7 +87,12 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         refuse_to_overwrite([args.output], overwrite=args.overwrite)
     evaluate = _evaluate if args.task in TASKS else _evaluate_finetuned
-    figures = {"task": args.task, **evaluate(args)}
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        figures = {"task": args.task, **evaluate(args)}
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
     if args.json:
         print(json.dumps(figures))
     else:
@@ -94,14 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     from megatron_bert.tasks.scoring import load_scorer
     from megatron_bert.tasks.zero_shot import fingerprint, predict
 
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     scorer = load_scorer(args.model, device=args.device, dtype=args.dtype, batch_tokens=args.batch_tokens)
     task = _task(args, scorer)
     belongs_to = None
@@ -109,28 +112,17 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         dtype = str(scorer.model.dtype).removeprefix("torch.")
         belongs_to = fingerprint(args.model, args.data, task=args.task, dtype=dtype, **task.settings)
-    try:
-        records = predict(task, scorer, args.output, belongs_to)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
+    records = predict(task, scorer, args.output, belongs_to)
     return {**task.result(records), **task.settings, "model": "causal" if scorer.causal else "masked"}
 
 
 def _evaluate_finetuned(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     from megatron_bert.tasks.evaluation import evaluate_task
 
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        return evaluate_task(
-            args.task, args.model, args.data, device=args.device, dtype=args.dtype, batch_tokens=args.batch_tokens,
-            output=args.output, picture=args.plot,
-        )  # fmt: skip
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory: use fewer --batch-tokens than {args.batch_tokens}") from error
+    return evaluate_task(
+        args.task, args.model, args.data, device=args.device, dtype=args.dtype, batch_tokens=args.batch_tokens,
+        output=args.output, picture=args.plot,
+    )  # fmt: skip
 
 
 def _task(args: argparse.Namespace, scorer: TokenScorer) -> Any:

@@ -104,17 +104,20 @@ def _log_on_stderr(prefix: str) -> Iterator[None]:
     """Shows what the package logs, one line each, on the first process of a run; other packages' logs are theirs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
-    for library in ("torchao", "torch.utils._pytree"):  # Transformers imports it, and it tells what it cannot load
-        logging.getLogger(library).setLevel(logging.ERROR)
     logger = logging.getLogger("megatron_bert")
-    level = logger.level
+    # Transformers imports torchao where it is installed, which tells what it cannot load.
+    quiet = [logging.getLogger(library) for library in ("torchao", "torch.utils._pytree")]
+    levels = {one: one.level for one in (logger, *quiet)}
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
+    for one in quiet:
+        one.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)
+        for one, level in levels.items():
+            one.setLevel(level)
 
 
 def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_bert.checkpoint.folder import check_folder, check_vocabulary
+from megatron_bert.checkpoint.folder import check_folder
 from megatron_bert.checkpoint.load import check_model
 from megatron_bert.checkpoint.shards import load_shards
-from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
 from megatron_bert.tasks.configuration import FinetuneConfiguration
 from megatron_bert.tasks.task import Task
+from megatron_bert.training.network import config_to_start_from
 from megatron_bert.training.supervised import HEADS, Head
 
 __all__ = ["HEAD_MODULES", "empty_task_network", "fill_task_network", "labels_of_head", "task_network_config"]
@@ -38,19 +38,9 @@ def task_network_config(
         UserError: the checkpoint is missing, damaged or of another family, or too small for the tokenizer or for
             `data.max_length`.
     """
-    section, folder = configuration.model, configuration.model.start_from
-    if not folder.is_dir():
-        raise UserError(f"model.start_from {folder}: no such folder")
-    config = check_model(folder)
-    check_vocabulary(config, len(tokenizer), f"model.start_from {folder}")
-    if configuration.data.max_length > config.max_position_embeddings:
-        raise UserError(
-            f"data.max_length {configuration.data.max_length} is more than the {config.max_position_embeddings} "
-            f"positions of model.start_from {folder}"
-        )
+    lengths = {"data.max_length": configuration.data.max_length}
+    config = config_to_start_from(configuration.model, len(tokenizer), "", lengths)
     config.is_decoder = config.add_cross_attention = False
-    config.hidden_dropout_prob = section.hidden_dropout_prob
-    config.attention_probs_dropout_prob = section.attention_probs_dropout_prob
     config.problem_type = task.problem()
     if task.head == "span":
         config.num_labels = 2  # start and end

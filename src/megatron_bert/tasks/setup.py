@@ -35,10 +35,9 @@ from megatron_bert.tasks.task import Making, Task
 from megatron_bert.training.configuration import TrainingSection
 from megatron_bert.training.execution import make_ready, should_compile
 from megatron_bert.training.microbatch import FixedShapes
-from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.ranks import Ranks
-from megatron_bert.training.setup import facts
-from megatron_bert.training.state import TrainState, restore
+from megatron_bert.training.setup import begun_state, facts
+from megatron_bert.training.state import TrainState
 from megatron_bert.training.supervised import SupervisedObjective
 
 __all__ = ["Inputs", "RunSetup", "open_inputs"]
@@ -201,13 +200,7 @@ class RunSetup:
                 fill_adapters(network, seed)
         else:
             initialize(network, seed, only=set())
-        state = TrainState(network, build_optimizer(network, configuration.optimizer), device)
-        if checkpoint:
-            restore(state, checkpoint, ranks)
-            log.info("going on from %s", checkpoint)
-        if objective.shapes and state.shapes:
-            objective.shapes = state.shapes
-        state.shapes = objective.shapes
+        state = begun_state(network, objective, configuration.optimizer, checkpoint, ranks)
         return state, objective
 
     def _config(self, checkpoint: Path | None) -> MegatronBertConfig:

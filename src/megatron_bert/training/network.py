@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,9 +24,26 @@ from megatron_bert.parallel.materialize import initialize
 from megatron_bert.training.configuration import ModelSection, ObjectiveSection, PretrainConfiguration
 from megatron_bert.training.initialization import scale_residual_projections
 
-__all__ = ["Network", "empty_network", "fill_network", "network_config"]
+__all__ = ["Network", "config_to_start_from", "empty_network", "fill_network", "network_config"]
 
 log = logging.getLogger(__name__)
+
+
+class StartingSection(Protocol):
+    """What every recipe's `model` has."""
+
+    @property
+    def start_from(self) -> Path | None:
+        """The checkpoint's folder."""
+
+    @property
+    def hidden_dropout_prob(self) -> float:
+        """Of embeddings and layers."""
+
+    @property
+    def attention_probs_dropout_prob(self) -> float:
+        """Of attention."""
+
 
 Network = MegatronBertForPreTraining | MegatronBertForMaskedLM | MegatronBertForCausalLM
 
@@ -39,7 +58,10 @@ def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTo
     section = configuration.model
     if section.start_from is None:
         return _fresh_config(section, tokenizer)
-    return _config_of(section.start_from, configuration, tokenizer)
+    where = f"with data.tokenizer {tokenizer.name_or_path}"
+    config = config_to_start_from(section, len(tokenizer), where, {"data.row_tokens": configuration.data.row_tokens})
+    config.is_decoder = configuration.objective.kind == "causal"
+    return config
 
 
 def empty_network(config: MegatronBertConfig, objective: ObjectiveSection) -> Network:
@@ -93,21 +115,28 @@ def _fresh_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _config_of(
-    folder: Path, configuration: PretrainConfiguration, tokenizer: PreTrainedTokenizerBase
+def config_to_start_from(
+    section: StartingSection, num_tokens: int, with_tokenizer: str, lengths: Mapping[str, int]
 ) -> MegatronBertConfig:
-    """The checkpoint's shape; dropout is the recipe's."""
-    section = configuration.model
+    """The shape of the checkpoint to start from; dropout is the recipe's.
+
+    Args:
+        with_tokenizer: which one has the `num_tokens`, where it is not the checkpoint's own.
+        lengths: by keys of the recipe, in tokens, that the checkpoint has to have positions for.
+
+    Raises:
+        UserError: it is missing, damaged, of another family, or too small.
+    """
+    folder = section.start_from
+    assert folder is not None
+    where = f"model.start_from {folder}"
     if not folder.is_dir():
-        raise UserError(f"model.start_from {folder}: no such folder")
+        raise UserError(f"{where}: no such folder")
     config = check_model(folder)
-    check_vocabulary(config, len(tokenizer), f"model.start_from {folder} with data.tokenizer {tokenizer.name_or_path}")
-    if configuration.data.row_tokens > config.max_position_embeddings:
-        raise UserError(
-            f"data.row_tokens {configuration.data.row_tokens} is more than the {config.max_position_embeddings} "
-            f"positions of model.start_from {folder}"
-        )
+    check_vocabulary(config, num_tokens, f"{where} {with_tokenizer}".rstrip())
+    for name, length in lengths.items():
+        if length > config.max_position_embeddings:
+            raise UserError(f"{name} {length} is more than the {config.max_position_embeddings} positions of {where}")
     config.hidden_dropout_prob = section.hidden_dropout_prob
     config.attention_probs_dropout_prob = section.attention_probs_dropout_prob
-    config.is_decoder = configuration.objective.kind == "causal"
     return config

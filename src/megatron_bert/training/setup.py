@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_bert.checkpoint.native import read_state
 from megatron_bert.data.batches import BatchLayout
@@ -24,7 +24,7 @@ from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig
 from megatron_bert.parallel.launch import agreed, check_agreement, is_launched, joined_processes, local_device
 from megatron_bert.parallel.materialize import initialize, materialize
-from megatron_bert.training.configuration import PretrainConfiguration
+from megatron_bert.training.configuration import OptimizerSection, PretrainConfiguration
 from megatron_bert.training.corpus import Corpus, open_corpus
 from megatron_bert.training.execution import build_objective, should_compile
 from megatron_bert.training.float8 import check_float8
@@ -35,8 +35,9 @@ from megatron_bert.training.ranks import Ranks
 from megatron_bert.training.resume import run_identity
 from megatron_bert.training.session import Recipe
 from megatron_bert.training.state import TrainState, restore
+from megatron_bert.training.step import Minimised
 
-__all__ = ["Setup", "facts", "joined", "set_up"]
+__all__ = ["Setup", "begun_state", "facts", "joined", "set_up"]
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +98,7 @@ class Setup:
             agreed(lambda: fill_network(network, configuration.model.start_from, seed))
         else:  # what the run once started from may be gone by now
             initialize(network, seed, only=set())
-        state = TrainState(network, build_optimizer(network, configuration.optimizer), device)
-        if checkpoint:
-            restore(state, checkpoint, ranks)
-            log.info("going on from %s", checkpoint)
-        if objective.shapes and state.shapes:
-            objective.shapes = state.shapes
-        state.shapes = objective.shapes
+        state = begun_state(network, objective, configuration.optimizer, checkpoint, ranks)
         return state, objective
 
     def _config(self, checkpoint: Path | None) -> MegatronBertConfig:
@@ -131,6 +126,26 @@ class Setup:
             mesh=self.ranks.mesh,
             keeps_layers=configuration.mesh.keep_layers,
         )
+
+
+def begun_state(
+    network: PreTrainedModel,
+    objective: Minimised[Any, Any],
+    section: OptimizerSection,
+    checkpoint: Path | None,
+    ranks: Ranks,
+) -> TrainState:
+    """The state of a network that has its values, or gets those of the checkpoint; the objective takes over the shapes
+    that its batches had there.
+    """
+    state = TrainState(network, build_optimizer(network, section), objective.device)
+    if checkpoint:
+        restore(state, checkpoint, ranks)
+        log.info("going on from %s", checkpoint)
+    if objective.shapes and state.shapes:
+        objective.shapes = state.shapes
+    state.shapes = objective.shapes
+    return state
 
 
 def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
