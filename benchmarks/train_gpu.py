@@ -3,7 +3,6 @@
     PYTHONPATH=src python benchmarks/train_gpu.py                      # text from CPython's own documentation
     PYTHONPATH=src python benchmarks/train_gpu.py --text corpus.jsonl  # JSON lines, or plain text
     PYTHONPATH=src python benchmarks/train_gpu.py --tokens PREFIX --tokenizer DIR
-    PYTHONPATH=src python benchmarks/train_gpu.py ... --profile        # only where the time goes, by kernel
 
 Ours is `megatron-bert pretrain recipes/pretrain_345m.yaml` with batches of 64 rows of 512, in a process of its own,
 three times; the first records, in which compilation happens, are left out. Positions are all that rows have room for,
@@ -46,9 +45,6 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         tokens, tokenizer = (args.tokens, args.tokenizer) if args.tokens else _token_file(args.text, folder)
         overrides = _overrides(args, tokens, tokenizer)
-        if args.profile:
-            _profile(args, overrides, folder)
-            return 0
         rows = [_ours(args, packed, overrides, folder) for packed in args.variants.split(",") if packed]
         rows += [_theirs(args, kind, overrides, folder) for kind in args.peers.split(",") if kind]
     _print(rows, args)
@@ -79,7 +75,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--peers", default="eager,compiled", help="of Transformers' class (default: eager,compiled)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for the recipe")
-    parser.add_argument("--profile", action="store_true", help="a table of kernels instead")
     parser.add_argument("--json", type=Path, help="write every number there too")
     args = parser.parse_args()
     if (args.tokens is None) != (args.tokenizer is None):
@@ -229,42 +224,6 @@ def _full_width(name: str, value: torch.Tensor, row_tokens: int) -> torch.Tensor
         return value
     fill = -100 if name == "labels" else 0
     return torch.nn.functional.pad(value, (0, row_tokens - value.shape[1]), value=fill)
-
-
-# --- Where the time goes
-
-
-def _profile(args: argparse.Namespace, overrides: list[str], folder: Path) -> None:
-    """Three steps of ours under PyTorch's profiler: kernels by their share of the device's time."""
-    from megatron_bert.training.execution import build_objective, should_compile
-    from megatron_bert.training.optimizer import build_optimizer
-    from megatron_bert.training.step import train_step
-
-    device = _device()
-    configuration, network, corpus = _parts(args, [*overrides, *_of_variant(args, args.variants.split(",")[0])], folder)
-    network.to(device)
-    runtime = configuration.runtime
-    objective = build_objective(
-        network, device, precision=configuration.training.precision, rows=args.rows, row_tokens=args.row_tokens,
-        predicted_share=0.15, recompute=runtime.recompute, compiled=should_compile(runtime.compile, device),
-    )  # fmt: skip
-    optimizer = build_optimizer(network, configuration.optimizer)
-    steps = _steps(corpus, configuration)
-    batches = [[objective.micro_batch(batch) for batch in next(steps).micro_batches] for _ in range(5)]
-
-    def run(number: int) -> None:
-        for at in range(number):
-            train_step(objective, optimizer, batches[at % len(batches)], clip_norm=1.0)
-        _wait(device)
-
-    run(10)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        run(3)
-    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90))
 
 
 # --- Shared
