@@ -71,7 +71,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         default="packed,padded",
-        help="packed, padded, torchrun (packed, one process of a mesh); default: packed,padded",
+        help="packed, padded, torchrun (packed, one process of a mesh), short (packed, twice the samples, of 2 to 512 "
+        "tokens); default: packed,padded",
     )
     parser.add_argument("--peers", default="eager,compiled", help="of Transformers' class (default: eager,compiled)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for the recipe")
@@ -138,8 +139,10 @@ def _ours(args: argparse.Namespace, variant: str, overrides: list[str], folder: 
 
 
 def _of_variant(args: argparse.Namespace, variant: str) -> list[str]:
-    is_packed = variant in ("packed", "torchrun")
+    is_packed = variant != "padded"
     samples = args.samples if args.samples and is_packed else args.rows
+    if variant == "short":
+        return [f"training.batch_samples={2 * samples}", "runtime.packing=true", "data.short_share=1.0"]
     return [f"training.batch_samples={samples}", f"runtime.packing={str(is_packed).lower()}"]
 
 
