@@ -213,7 +213,7 @@ def start(job: Job, args: argparse.Namespace) -> None:
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4",
                "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # fmt: skip
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    environment = {**threads, **os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **threads, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     environment["CUDA_VISIBLE_DEVICES"] = "" if not args.gpus else devices[job.gpu] if devices[0] else str(job.gpu)
     with job.log.open("wb") as log, job.log.with_suffix(".json").open("wb") as printed:
