@@ -29,6 +29,7 @@ import torch
 
 from megatron_bert.data.batches import Position
 from megatron_bert.planning.flops import training_flops
+from megatron_bert.training import execution
 from megatron_bert.training.configuration import load_configuration
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.setup import set_up
@@ -45,7 +46,7 @@ GROUPS = {
     "products": r"gemm|cutlass|nvjet|cublas|xmma|_mm_|splitK",
     "vocabulary's loss": r"log_softmax|nll_loss|argmax",
     "GELU": r"gelu|erf",
-    "norms, dropout, residuals": r"layer_norm|dropout|rand|philox",
+    "norms, dropout, residuals": r"^norm_(forward|backward)$|layer_norm|dropout|rand|philox",
     "float8's casts": r"float8|amax|clamp",
     "copies": r"Memcpy|Memset|copy|cat|fill|zero",
 }
@@ -55,6 +56,7 @@ REST, IDLE = "other kernels", "no kernel"
 def main() -> int:
     """Measures the cases, prints a table of each."""
     args = _arguments()
+    execution._OWN_KERNELS = not args.compiled_alone
     device = torch.device("cuda")
     ceiling = measured_flops_per_second(device, "bfloat16")
     assert ceiling is not None
@@ -75,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--case", action="append", metavar="SIZE,ROWS,PRECISION", help="default: 345m,64,bfloat16")
     parser.add_argument("--samples", type=int, help="of a step, packed into the rows (default: as many)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for the recipes")
+    parser.add_argument("--compiled-alone", action="store_true", help="without our kernels between a layer's products")
     parser.add_argument("--kernels", type=int, default=0, help="name so many kernels, the longest first")
     parser.add_argument("--json", type=Path, help="write every number there too")
     parser.add_argument("--picture", type=Path, help="draw it")
