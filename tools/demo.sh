@@ -6,9 +6,8 @@ export HF_HUB_OFFLINE=1 # nothing is fetched
 
 echo '$ megatron-bert fill-mask --top-k 3 TEXT...'
 "$PYTHON" -m megatron_bert fill-mask --top-k 3 \
-  "Paris is the capital of [MASK]." \
-  "She has lived [MASK] London since she was a child." \
-  "他昨天去了图书<mask>看书。" \
-  "绿色植物进行光合<mask>用。" \
   "The capital of France is [MASK]." \
+  "She has lived [MASK] London since she was a child." \
+  "中国的首都是北<mask>。" \
+  "植物通过光合<mask>用产生能量" \
   "植物通过<mask>合作用产生能量"

@@ -16,7 +16,7 @@ from tests.architecture.test_tools import ROOT
 FOLDER = Path(megatron_bert.MINI)
 CLOZE = ROOT / "tools" / "mini_cloze.tsv"
 MOST_BYTES = 40_000_000
-GRAMMAR_TOP1 = {"en": 0.75, "zh": 0.55}  # of the first training, which was cut short; 0.8 of both is the aim
+GRAMMAR_TOP1 = {"en": 0.9, "zh": 0.6}  # of both together 0.8
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def filler() -> MaskFiller:
 
 
 def test_it_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["Paris is the capital of [MASK].", "他昨天去了图书<mask>看书。"]
+    texts = ["The capital of France is [MASK].", "他昨天去了图书<mask>看书。"]
     answers = []
     for options in ([], ["--model", "mini"]):
         assert main(["fill-mask", "--json", "--top-k", "1", *options, *texts]) == 0
         lines = capsys.readouterr().out.splitlines()
         answers.append([json.loads(line)["predictions"][0][0]["token_str"] for line in lines])
     assert answers[0] == answers[1]
-    assert answers[0] == ["France", "馆"]
+    assert answers[0] == ["Paris", "馆"]
 
 
 def test_a_folder_of_its_name_comes_first(
@@ -81,3 +81,4 @@ def test_it_knows_grammar_and_fixed_phrases(filler: MaskFiller) -> None:
     assert {language: len(found) for language, found in right.items()} == {"en": 50, "zh": 30}
     for language, found in right.items():
         assert sum(found) / len(found) >= GRAMMAR_TOP1[language], language
+    assert sum(map(sum, right.values())) / 80 >= 0.8

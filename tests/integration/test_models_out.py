@@ -193,7 +193,10 @@ def test_curves_at_the_end_and_on_demand(run: Path, tmp_path: Path, capsys: pyte
     half = tmp_path / "metrics.jsonl"
     half.write_text((run / "metrics.jsonl").read_text() + '{"kind": "training", "st')  # being written just now
     assert main(["plot", str(tmp_path)]) == 0
-    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    alone = (tmp_path / "curves.png").read_bytes()
+    assert alone.startswith(PNG)
+    assert main(["plot", str(tmp_path), str(run)]) == 0
+    assert (tmp_path / "curves.png").read_bytes() not in (alone, picture.read_bytes())
 
 
 @pytest.mark.parametrize(

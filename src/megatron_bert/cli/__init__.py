@@ -25,7 +25,7 @@ VERBS: dict[str, Verb] = {
     "finetune": Verb("megatron_bert.cli.finetune", "train a model for a task, from a recipe"),
     "evaluate": Verb("megatron_bert.cli.evaluate", "score a model by a published protocol"),
     "plan": Verb("megatron_bert.cli.plan", "predict memory, communication and speed on many GPUs"),
-    "plot": Verb("megatron_bert.cli.plot", "draw the curves of a pretraining run"),
+    "plot": Verb("megatron_bert.cli.plot", "draw the curves of runs"),
     "convert": Verb("megatron_bert.cli.convert", "write a pretraining run's model for Transformers"),
 }
 

@@ -1,6 +1,6 @@
-"""Draw the curves of a pretraining run: losses, accuracies, gradient norm, tokens a second.
+"""Draw the curves of runs: losses, accuracies or scores, gradient norm, tokens a second.
 
-The run may be finished, stopped or still going.
+A run may be finished, stopped or still going.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert plot`."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="the output folder of a pretraining run")
-    parser.add_argument("--output", type=Path, metavar="F.png", help="the picture (default: RUN/curves.png)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output folder of a run; several: together")
+    parser.add_argument("--output", type=Path, metavar="F.png", help="the picture (default: curves.png of the first)")
     parser.add_argument("--json", action="store_true", help="print the picture's path as a JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draws and prints where the picture is."""
-    from megatron_bert.training.plot import plot_run
+    from megatron_bert.training.plot import plot_runs
 
-    picture = plot_run(args.run, args.output)
+    picture = plot_runs(args.runs, args.output)
     print(json.dumps({"picture": str(picture)}) if args.json else picture)
     return 0

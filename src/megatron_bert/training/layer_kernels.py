@@ -23,10 +23,10 @@ __all__ = ["biased_gelu", "can_drop", "drawn_seed", "residual_norm"]
 
 # Of each kernel, at most so many elements a program at once, warps for so many, and the backward passes' programs.
 # An H100 has 132 multiprocessors.
-_NORM_FORWARD = {"elements": 1024, "warp_elements": 256}
-_NORM_BACKWARD = {"elements": 1024, "warp_elements": 256, "programs": 528, "STAGES": 1}
-_GELU_FORWARD = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4}
-_GELU_BACKWARD = {"ROWS": 8, "COLUMNS": 256, "num_warps": 4, "programs": 1056, "STAGES": 1}
+_NORM_FORWARD = {"elements": 2048, "warp_elements": 256}
+_NORM_BACKWARD = {"elements": 2048, "warp_elements": 512, "programs": 660, "STAGES": 1}
+_GELU_FORWARD = {"ROWS": 4, "COLUMNS": 256, "num_warps": 4}
+_GELU_BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4, "programs": 1056, "STAGES": 1}
 _MOST_WARPS = 16
 
 

@@ -1,4 +1,4 @@
-"""A run's curves as a picture."""
+"""Curves of runs as a picture."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from megatron_bert.data.files import written_aside
 from megatron_bert.errors import UserError
 from megatron_bert.training.selection import SCORE
 
-__all__ = ["NothingToPlot", "plot_run"]
+__all__ = ["NothingToPlot", "plot_runs"]
 
 Records = Sequence[dict[str, Any]]
-
-_KINDS = ("training", "validation")
 
 # A panel's title, its quantities with their names in the legend, and whether its axis is logarithmic.
 Panels = tuple[tuple[str, dict[str, str], bool], ...]
@@ -42,49 +40,58 @@ class NothingToPlot(UserError):
     """A run has no training record yet."""
 
 
-def plot_run(run: Path, picture: Path | None = None) -> Path:
-    """Draws the curves of `run`/metrics.jsonl, of a run that is finished, stopped or still going.
+def plot_runs(runs: Sequence[Path], picture: Path | None = None) -> Path:
+    """Draws the curves of each run's metrics.jsonl, of runs that are finished, stopped or still going.
 
     Args:
-        picture: the PNG to write; default: `run`/curves.png.
+        runs: output folders; several are drawn into the same panels.
+        picture: the PNG to write; default: curves.png of the first run.
 
     Returns:
         the picture's path.
 
     Raises:
-        NothingToPlot: there is no training record yet.
-        UserError: the folder has no metrics, or they are damaged.
+        NothingToPlot: a run has no training record yet.
+        UserError: a folder has no metrics, or they are damaged.
         OSError: what the file system says.
     """
-    records = _read(run / "metrics.jsonl")
-    training, validation = ([record for record in records if record["kind"] == kind] for kind in _KINDS)
-    if not training:
-        raise NothingToPlot(f"{run / 'metrics.jsonl'} has no training record yet: see runtime.log_every_steps")
+    records = [_read(run / "metrics.jsonl") for run in runs]
+    for run, found in zip(runs, records, strict=True):
+        if not any(record["kind"] == "training" for record in found):
+            raise NothingToPlot(f"{run / 'metrics.jsonl'} has no training record yet: see runtime.log_every_steps")
     figure = Figure(figsize=(11, 7))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.88, wspace=0.18, hspace=0.36)
-    panels = _TASK if validation and SCORE in validation[0] else _PRETRAINING
-    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        _draw(axes, names, training, validation)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(visible=True, alpha=0.3)
-        if logarithmic:
-            axes.set_yscale("log")
-    figure.suptitle(str(run))
-    target = picture or run / "curves.png"
+    is_task = any(SCORE in record for found in records for record in found if record["kind"] == "validation")
+    names = [""] if len(runs) == 1 else [f"{run.resolve().name}: " for run in runs]
+    for axes, (title, quantities, logarithmic) in zip(
+        figure.subplots(2, 2).flat, _TASK if is_task else _PRETRAINING, strict=True
+    ):
+        for number, (name, found) in enumerate(zip(names, records, strict=True)):
+            _draw(axes, quantities, found, name, number * len(quantities))
+        _finish(axes, title, logarithmic)
+    figure.suptitle(", ".join(map(str, runs)))
+    target = picture or runs[0] / "curves.png"
     with written_aside(target) as aside:
         figure.savefig(aside, format="png", dpi=90)
     return target
 
 
-def _draw(axes: Axes, names: dict[str, str], training: Records, validation: Records) -> None:
+def _draw(axes: Axes, quantities: dict[str, str], records: Records, run: str, first_color: int) -> None:
     """Training as thin lines, validation as thick ones with a mark at each evaluation, in the same colour."""
-    for at, (name, label) in enumerate(names.items()):
-        for records, style in ((training, {"linewidth": 1.0, "alpha": 0.7}), (validation, {"marker": "o"})):
-            points = [(record["step"], record[name]) for record in records if name in record]
+    styles: dict[str, dict[str, Any]] = {"training": {"linewidth": 1.0, "alpha": 0.7}, "validation": {"marker": "o"}}
+    for at, (name, label) in enumerate(quantities.items(), start=first_color):
+        for kind, style in styles.items():
+            points = [(record["step"], record[name]) for record in records if record["kind"] == kind and name in record]
             if points:
-                kind = records[0]["kind"]
-                axes.plot(*zip(*points, strict=True), label=f"{label}, {kind}", color=f"C{at}", **style)
+                axes.plot(*zip(*points, strict=True), label=f"{run}{label}, {kind}", color=f"C{at % 10}", **style)
+
+
+def _finish(axes: Axes, title: str, logarithmic: bool) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(visible=True, alpha=0.3)
+    if logarithmic:
+        axes.set_yscale("log")
     if axes.lines:
         axes.legend(fontsize="small")
     else:

@@ -18,7 +18,7 @@ from megatron_bert.parallel.launch import agreed
 from megatron_bert.training.configuration import ComputeSection, MeshSection
 from megatron_bert.training.loop import Run, train
 from megatron_bert.training.metrics import MetricsSink
-from megatron_bert.training.plot import NothingToPlot, plot_run
+from megatron_bert.training.plot import NothingToPlot, plot_runs
 from megatron_bert.training.ranks import Ranks
 from megatron_bert.training.resume import refuse_changes
 from megatron_bert.training.skipped import NotFinite
@@ -125,7 +125,7 @@ class Session:
     def plot(self) -> None:
         """Draws the run's curves, if it has any."""
         with suppress(NothingToPlot):
-            plot_run(self.folder)
+            plot_runs([self.folder])
 
     def train(self, state: TrainState, wire: Wire, *, progress: bool) -> str | None:
         """Trains until the run is done, or until a signal, whose name is returned.
