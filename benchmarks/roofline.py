@@ -199,7 +199,7 @@ def _draw(cases: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(cases)), layout="constrained")
     axes = figure.subplots()
-    names = [*GROUPS, REST, IDLE]
+    names = ["products", *(name for name in GROUPS if name != "products"), REST, IDLE]  # the floor is one of products
     for number, case in enumerate(cases):
         total, left = sum(case["groups_ms"].values()), 0.0
         for color, group in enumerate(names):
@@ -209,6 +209,7 @@ def _draw(cases: list[dict[str, Any]], path: Path) -> None:
         axes.plot([case["mfu"]] * 2, [number - 0.4, number + 0.4], color="black", linewidth=2)
     axes.set_yticks(range(len(cases)), [case["case"].replace(",", ", ") for case in cases])
     axes.invert_yaxis()
+    axes.set_xlim(0, 1)
     axes.set_xlabel("share of a step; black: the floor (model FLOPs at the rate of a large product)")
     figure.legend(loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
