@@ -131,6 +131,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="that are timed, or whose losses are compared")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="DIR",
+        help="of each case, what the first process's host does in a step, and a trace",
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -143,6 +149,8 @@ def _launched(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any
         path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
         words = ["--worker", str(file), "--group", args.group, "--device", args.device, "--gpu", args.gpu,
                  "--steps", str(args.steps)]  # fmt: skip
+        if args.trace:
+            words += ["--trace", str(args.trace.resolve())]
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cases[0].gpus),
              __file__, *words], check=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -232,7 +240,12 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     if args.group == "losses":
         return {"losses": steps(args.steps)}
     steps(WARM_UP)
-    return _figures(steps, args, job, layout, device)
+    figures = _figures(steps, args, job, layout, device)
+    if args.trace:
+        _trace(
+            steps, args.trace / f"{case.name} {_layout_name(asdict(case))}.json.gz".replace(" ", "-").replace(",", "")
+        )
+    return figures
 
 
 def _fill(network: Any) -> None:
@@ -297,6 +310,23 @@ def _figures(steps: Any, args: argparse.Namespace, job: Any, layout: Any, device
         figures |= {"gib": torch.cuda.max_memory_allocated() / GIB, "mfu": rate / peak if peak else 0.0}
         figures |= _communication(steps)
     return figures
+
+
+def _trace(steps: Any, file: Path) -> None:
+    """The first process's step as a trace for chrome://tracing, and the operators that take the host's time."""
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        steps(1)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    if int(os.environ["RANK"]) == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(file))
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=60))
 
 
 def _communication(steps: Any) -> dict[str, float]:
