@@ -123,15 +123,19 @@ def attention_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
 def elementwise_bytes(job: Job, layout: Layout) -> float:
     """Read and written by what is no product in the layers of one micro-batch, in bfloat16, each kernel once.
 
-    Forward, of width h: a norm 4, dropout + residual + norm 9, dropout + residual 7; of width F: the activation 4.
-    Backward, of width h: two norms with sums for their weights 12 each, two dropouts 5, four sums for biases 2,
-    the three projections put together 12 and summed 4; of width F: the activation 6, a sum for its bias 2.
+    As compiled, forward, of width h: a norm 4, dropout + residual + norm 9, dropout + residual 7; of width F: the
+    activation 4. Backward, of width h: two norms with sums for their weights 12 each, two dropouts 5, four sums for
+    biases 2, the three projections put together 12 and summed 6; of width F: the activation 6, a sum for its bias 2.
+    With `training.layer_kernels`, dropout + residual + norm of each half is 8 forward and 10 backward, with all sums.
     """
     config, tensor = job.config, layout.tensor
     on_shards = tensor if layout.sequence_parallel else 1
-    forward = 20 * config.hidden_size / on_shards + 4 * config.intermediate_size / tensor
-    residual, split = (2 * 12 + 2 * 5 + 2 * 2) / on_shards, (12 + 6) / tensor
-    backward = (residual + split) * config.hidden_size + 8 * config.intermediate_size / tensor
+    has_kernels = tensor == layout.shard == 1 and layout.recompute != "full"
+    residual_forward, residual_backward, bias_sum = (16, 20, 0) if has_kernels else (20, 2 * 12 + 2 * 5 + 2 * 2, 2)
+    forward = residual_forward * config.hidden_size / on_shards + 4 * config.intermediate_size / tensor
+    split = (12 + 6) / tensor
+    backward = (residual_backward / on_shards + split) * config.hidden_size
+    backward += (6 + bias_sum) * config.intermediate_size / tensor
     passes = forward * (2 if layout.recompute == "full" else 1) + backward
     return config.num_hidden_layers * layout.micro_tokens(job) * passes
 
