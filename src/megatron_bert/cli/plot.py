@@ -12,7 +12,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert plot`."""
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the output folder of a run; several: together")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder; several: together")
     parser.add_argument("--output", type=Path, metavar="F.png", help="the picture (default: curves.png of the first)")
     parser.add_argument("--json", action="store_true", help="print the picture's path as a JSON object")
 
