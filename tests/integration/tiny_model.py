@@ -37,6 +37,7 @@ def write_tiny_model(
         torch.manual_seed(0)
         model = model_class(transformers.MegatronBertConfig(**options)).eval()
         torch.nn.init.normal_(model.get_parameter("cls.predictions.bias"))
+    transformers.utils.logging.disable_progress_bar()  # tests read what comes on stderr after this
     model.save_pretrained(folder)
     if not safe:
         (folder / "model.safetensors").unlink()
