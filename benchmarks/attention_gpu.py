@@ -67,13 +67,14 @@ def _calls(
 def _cell(call: Callable[[Tensor], Tensor], product: Tensor, flops: float) -> str:
     context = call(product)
     grad = torch.randn_like(context)
-    forward = _milliseconds(lambda: call(product))
-    backward = _milliseconds(lambda: torch.autograd.grad(context, product, grad, retain_graph=True))
+    forward = milliseconds(lambda: call(product))
+    backward = milliseconds(lambda: torch.autograd.grad(context, product, grad, retain_graph=True))
     speeds = flops / forward / 1e9, 2.5 * flops / backward / 1e9
     return f"{forward:.3f} / {backward:.3f} ({speeds[0]:.0f} / {speeds[1]:.0f})"
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
+    """The median of 20 calls on the device."""
     for _ in range(3):
         call()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]

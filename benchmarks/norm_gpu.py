@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from attention_gpu import milliseconds
 from torch import Tensor
 from torch.nn import functional
 
@@ -95,8 +95,8 @@ def _cell(function: Callable[..., Any], inputs: list[Tensor], passes: int, passe
     call = torch.compile(function, dynamic=False)
     results = call(*inputs)
     grads = [torch.randn_like(result) for result in (results if isinstance(results, tuple) else (results,))]
-    forward = _milliseconds(lambda: call(*inputs))
-    backward = _milliseconds(lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True))
+    forward = milliseconds(lambda: call(*inputs))
+    backward = milliseconds(lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True))
     gigabytes = inputs[0].nbytes / 1e9
     rates = passes * gigabytes / forward, passes_back * gigabytes / backward
     return f"{forward:.3f} / {backward:.3f} ({rates[0]:.2f} / {rates[1]:.2f})"
@@ -136,24 +136,11 @@ def _sweep(
     kept, times = dict(limits), {}
     for variant in variants:
         limits.update(dict(zip(names, variant, strict=True)))
-        times[variant] = _milliseconds(call)
+        times[variant] = milliseconds(call)
     limits.update(kept)
     print(f"\n{title}: {', '.join(names)}; now {tuple(kept[name] for name in names)}")
-    for variant, milliseconds in sorted(times.items(), key=lambda item: item[1]):
-        print(f"  {variant}: {milliseconds:.3f} ms, {gigabytes / milliseconds:.2f} TB/s", flush=True)
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    for _ in range(3):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
-    torch.cuda._sleep(50_000_000)  # the device waits while the host queues: launches are not measured
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    for variant, taken in sorted(times.items(), key=lambda item: item[1]):
+        print(f"  {variant}: {taken:.3f} ms, {gigabytes / taken:.2f} TB/s", flush=True)
 
 
 if __name__ == "__main__":

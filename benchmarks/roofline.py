@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scaling import covered
 
 from megatron_bert.data.batches import Position
 from megatron_bert.planning.flops import training_flops
@@ -151,14 +152,12 @@ def _kernels(run: Any) -> list[tuple[str, float, float]]:
 def _groups(kernels: list[tuple[str, float, float]]) -> dict[str, float]:
     """Milliseconds a step by group, and between the kernels."""
     groups: Counter[str] = Counter()
-    busy, reached = 0.0, min(begin for _, begin, _ in kernels)
-    first = reached
-    for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
+    for name, begin, end in kernels:
         group = next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), REST)
         groups[group] += (end - begin) / 1000 / PROFILED
-        busy += max(end - max(begin, reached), 0.0)
-        reached = max(reached, end)
-    return {**dict(groups.most_common()), IDLE: (reached - first - busy) / 1000 / PROFILED}
+    times = [(begin, end) for _, begin, end in kernels]
+    span = max(end for _, end in times) - min(begin for begin, _ in times)
+    return {**dict(groups.most_common()), IDLE: (span - covered(times)) / 1000 / PROFILED}
 
 
 def _copy_rate(device: torch.device) -> float:

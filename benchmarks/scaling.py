@@ -341,13 +341,13 @@ def _communication(steps: Any) -> dict[str, float]:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             is_sent = "nccl" in event.name.lower() or "Memcpy PtoP" in event.name
             (sending if is_sent else computing).append((event.time_range.start, event.time_range.end))
-    everything = _covered([*sending, *computing])
+    everything = covered([*sending, *computing])
     span = max(end for _, end in [*sending, *computing]) - min(start for start, _ in [*sending, *computing])
-    return {"communication": _covered(sending) / span, "exposed": (everything - _covered(computing)) / span,
+    return {"communication": covered(sending) / span, "exposed": (everything - covered(computing)) / span,
             "idle": 1 - everything / span}  # fmt: skip
 
 
-def _covered(intervals: list[tuple[float, float]]) -> float:
+def covered(intervals: list[tuple[float, float]]) -> float:
     """The length of their union."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A small causal model, from token files to both zero-shot protocols:
 #   bash tools/causal_mini.sh TASKS_DIR        after `tools/mini.sh CORPUS_DIR split vocabulary tokens`
-# TASKS_DIR holds wikitext/wikitext-103/wiki.test.tokens and lambada/lambada_test.jsonl. A stopped training goes on, and what is
+# TASKS_DIR holds wikitext/wikitext-103/wiki.test.tokens, lambada/lambada_test.jsonl and its lambada_test_plain_text.txt. A stopped training goes on, and what is
 # there already is left alone. SECONDS_A_PIECE=200 has the training stop and save after so long. SETTINGS="--set key=value ..."
 # change the recipe. Everything is written to runs/causal_mini in the folder where it is started; scores: *.json there.
 set -euo pipefail

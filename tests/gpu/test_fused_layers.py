@@ -11,6 +11,7 @@ from megatron_bert.training import execution
 from megatron_bert.training.execution import build_objective
 from megatron_bert.training.layer_kernels import biased_gelu, residual_norm
 from tests.gpu.test_training_on_gpu import CUDA, model
+from tests.unit.interpreted_layer_kernels import gelu_beside_its_formula
 from tests.unit.test_step import packed
 from tests.unit.test_training_parts import batch
 
@@ -60,13 +61,7 @@ def test_residual_dropout_norm(tokens: int, width: int, dropout: float) -> None:
 @pytest.mark.parametrize(("tokens", "width"), [(4099, 4096), (1003, 1536), (3, 40)])
 def test_gelu(tokens: int, width: int) -> None:
     product, bias, _, _, _, grad, _ = random_inputs(tokens, width)
-    leaves = [product.clone().requires_grad_(), bias.clone().requires_grad_()]
-    activated = biased_gelu(*leaves)
-    activated.backward(grad)
-    exact = [product.double().requires_grad_(), bias.double().requires_grad_()]
-    wanted = functional.gelu(exact[0] + exact[1])
-    wanted.backward(grad.double())
-    check([activated, *(leaf.grad for leaf in leaves)], [wanted, *(leaf.grad for leaf in exact)])
+    check(*gelu_beside_its_formula(product, bias, grad))
 
 
 def test_gelu_is_exact() -> None:

@@ -195,8 +195,12 @@ def test_curves_at_the_end_and_on_demand(run: Path, tmp_path: Path, capsys: pyte
     assert main(["plot", str(tmp_path)]) == 0
     alone = (tmp_path / "curves.png").read_bytes()
     assert alone.startswith(PNG)
-    assert main(["plot", str(tmp_path), str(run)]) == 0
-    assert (tmp_path / "curves.png").read_bytes() not in (alone, picture.read_bytes())
+    mine = picture.read_bytes()
+    assert main(["plot", str(tmp_path), str(run), "--output", str(picture)]) == 0
+    assert picture.read_bytes() not in (alone, mine)
+    assert main(["plot", str(tmp_path), str(run)]) == 2
+    assert "several runs need --output" in capsys.readouterr().err
+    assert (tmp_path / "curves.png").read_bytes() == alone
 
 
 @pytest.mark.parametrize(

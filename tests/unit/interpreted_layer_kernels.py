@@ -104,18 +104,21 @@ def test_masks_are_random() -> None:
         assert abs(correlation) * size**0.5 < 5, shift
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(37, 24), (9, 300)])
-def test_gelu(tokens: int, width: int) -> None:
-    product, bias, _, _, _, grad, _ = random_inputs(tokens, width, torch.float32)
-    product *= 3
+def gelu_beside_its_formula(product: Tensor, bias: Tensor, grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The activated states and both gradients: as found, and in float64 by the formula."""
     leaves = [product.clone().requires_grad_(), bias.clone().requires_grad_()]
     activated = biased_gelu(*leaves)
     activated.backward(grad)
     exact = [product.double().requires_grad_(), bias.double().requires_grad_()]
     wanted = functional.gelu(exact[0] + exact[1])
     wanted.backward(grad.double())
-    pairs = zip((activated, *(leaf.grad for leaf in leaves)), (wanted, *(leaf.grad for leaf in exact)), strict=True)
-    for one, other in pairs:
+    return [activated, *(leaf.grad for leaf in leaves)], [wanted, *(leaf.grad for leaf in exact)]
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(37, 24), (9, 300)])
+def test_gelu(tokens: int, width: int) -> None:
+    product, bias, _, _, _, grad, _ = random_inputs(tokens, width, torch.float32)
+    for one, other in zip(*gelu_beside_its_formula(3 * product, bias, grad), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert plot`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder; several: together")
-    parser.add_argument("--output", type=Path, metavar="F.png", help="the picture (default: curves.png of the first)")
+    parser.add_argument(
+        "--output", type=Path, metavar="F.png", help="the picture (default, of one run: RUN/curves.png)"
+    )
     parser.add_argument("--json", action="store_true", help="print the picture's path as a JSON object")
 
 

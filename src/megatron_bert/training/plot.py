@@ -45,16 +45,18 @@ def plot_runs(runs: Sequence[Path], picture: Path | None = None) -> Path:
 
     Args:
         runs: output folders; several are drawn into the same panels.
-        picture: the PNG to write; default: curves.png of the first run.
+        picture: the PNG to write; default, of one run: its curves.png.
 
     Returns:
         the picture's path.
 
     Raises:
         NothingToPlot: a run has no training record yet.
-        UserError: a folder has no metrics, or they are damaged.
+        UserError: a folder has no metrics, or they are damaged; several runs and no picture.
         OSError: what the file system says.
     """
+    if picture is None and len(runs) > 1:
+        raise UserError("several runs need --output F.png: curves.png in a run's folder is of that run alone")
     records = [_read(run / "metrics.jsonl") for run in runs]
     for run, found in zip(runs, records, strict=True):
         if not any(record["kind"] == "training" for record in found):
