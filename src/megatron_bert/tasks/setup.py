@@ -33,7 +33,7 @@ from megatron_bert.tasks.splits import Batches, Split, open_split
 from megatron_bert.tasks.table import task_of
 from megatron_bert.tasks.task import Making, Task
 from megatron_bert.training.configuration import TrainingSection
-from megatron_bert.training.execution import make_ready, should_compile
+from megatron_bert.training.execution import make_ready, pass_graphs, should_compile
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.ranks import Ranks
 from megatron_bert.training.setup import begun_state, facts
@@ -234,8 +234,11 @@ class RunSetup:
         if compiled:
             shapes = FixedShapes(batches.layout.micro_samples, batches.row_tokens, 0.0, batches.text_tokens)
         task = inputs.task
+        graphs = None
+        if compiled and configuration.runtime.cuda_graphs:
+            graphs = pass_graphs(inputs.device, configuration.runtime.recompute, inputs.ranks.mesh)
         return SupervisedObjective(
-            network, inputs.device, task.head, task.problem(), self.training.precision, shapes=shapes
+            network, inputs.device, task.head, task.problem(), self.training.precision, shapes=shapes, graphs=graphs
         )
 
     def summary(self) -> str:

@@ -230,6 +230,7 @@ class ComputeSection(Section):
     micro_batch_samples: int | None = Field(None, gt=0)  # of one forward pass; default: the whole batch
     num_workers: int = Field(0, ge=0)  # processes that make samples; 0: this one
     compile: bool | None = None  # layers and head by torch.compile; default: on a GPU
+    cuda_graphs: bool = True  # of compiled passes, so that no GPU waits for its host; where nothing is spread in them
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     tensorboard: bool = False  # event files beside the metrics
     log_every_steps: int = Field(10, gt=0)

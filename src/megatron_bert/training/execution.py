@@ -25,10 +25,18 @@ from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.planning.layout import Recompute
 from megatron_bert.training import fused_layers
 from megatron_bert.training.float8 import convert_layers, fuse_float8_projections
+from megatron_bert.training.graphs import PassGraphs
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.objective import Objective, TokenLosses, token_losses
 
-__all__ = ["build_objective", "fuse_projections", "make_ready", "recompute_activations", "should_compile"]
+__all__ = [
+    "build_objective",
+    "fuse_projections",
+    "make_ready",
+    "pass_graphs",
+    "recompute_activations",
+    "should_compile",
+]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +56,7 @@ def build_objective(
     compiled: bool = False,
     mesh: ParallelMesh | None = None,
     keeps_layers: bool = False,
+    cuda_graphs: bool = False,
 ) -> Objective:
     """The objective of a model, ready to be trained: on `device` already, or on the meta device and given memory there
     afterwards (see `parallelize`).
@@ -57,6 +66,7 @@ def build_objective(
         predicted_share: of the tokens, those that are expected to be predicted.
         mesh: spread the model over these ranks.
         keeps_layers: see `parallelize`.
+        cuda_graphs: record passes, where `pass_graphs` says that they can be.
 
     Raises:
         UserError: the model's shape cannot be split so, or not be computed in this precision.
@@ -80,6 +90,7 @@ def build_objective(
         precision,
         token_losses=computes,
         shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
+        graphs=pass_graphs(device, recompute, mesh) if cuda_graphs and compiled else None,
     )
 
 
@@ -129,6 +140,12 @@ def make_ready(
     else:
         parameter_dtype = None if precision == "float32" else torch.bfloat16
         parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=parameter_dtype, keeps_layers=keeps_layers)
+
+
+def pass_graphs(device: torch.device, recompute: Recompute, mesh: ParallelMesh | None) -> PassGraphs | None:
+    """Where a compiled pass can be recorded: on a GPU, with no hooks around layers, and no random stream wound back."""
+    is_free = mesh is None or not (mesh.is_sharded or mesh.overlap)
+    return PassGraphs(device) if device.type == "cuda" and is_free and recompute == "none" else None
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:

@@ -69,8 +69,8 @@ class FixedShapes:
 
     A batch with fewer rows (the last of a pass) or shorter ones is filled up with padding. So are the predicted
     positions, to the expected number of a full batch and a reserve, and the sequences of a packed batch, to the largest
-    number so far and a reserve: a batch that exceeds them, which is rare, is compiled once more. What is filled up
-    never counts.
+    number so far and a reserve: a batch that exceeds them, which is rare, is compiled once more. Of labelled samples,
+    there is room for the largest number so far. What is filled up never counts.
 
     Attributes:
         rows, row_tokens: of every batch.
@@ -84,6 +84,7 @@ class FixedShapes:
     sequence_tokens: int = 0
     _predicted: int = 0
     _sequences: int = 0
+    _samples: int = 0
 
     def predicted(self, number: int) -> int:
         """Room for the predicted positions of a batch that has `number`."""
@@ -98,6 +99,11 @@ class FixedShapes:
         if number > self._sequences:
             self._sequences = _rounded_up(1.25 * number, 64)
         return self._sequences
+
+    def samples(self, number: int) -> int:
+        """Room for the labelled samples of a batch that has `number`."""
+        self._samples = max(self._samples, number)
+        return self._samples
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,12 @@ class LaidOut:
     num_tokens: int
     num_attended_pairs: int
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is computed with, by name."""
+        return {**self.inputs, **{name: value for name, value in vars(self).items() if isinstance(value, Tensor)}}
+
     def to(self, device: torch.device) -> Self:
-        """A copy on `device`; the host does not wait for it."""
+        """A copy on `device`, or itself; the host does not wait for it."""
         inputs = {name: moved(value, device) for name, value in self.inputs.items()}
         layout = self.layout
         if isinstance(layout, FixedLayout):
@@ -195,6 +205,7 @@ class LabelledBatch(LaidOut):
         targets: of the k samples, as `data.labelled.collate_labelled` gives them.
         tokens: int64, where the texts' tokens are among the batch's, one text after the other.
         places: int64 [texts, longest], the same with a row a text, -1 beyond its end.
+            All four may go on with what is filled up: the first sequence or token again, and targets not known.
         lengths: of the texts, in tokens.
         rows: the samples' numbers.
         num_terms: of the loss: targets that are known.
@@ -209,22 +220,39 @@ class LabelledBatch(LaidOut):
     num_terms: int
 
     @classmethod
-    def of(cls, batch: Batch, shapes: FixedShapes | None = None) -> Self:
-        """From a collated batch in the CPU's memory; with `shapes`, its sequences are filled up to them."""
+    def of(cls, batch: Batch, shapes: FixedShapes | None = None, *, has_tags: bool = False) -> Self:
+        """From a collated batch in the CPU's memory; with `shapes`, filled up to them.
+
+        Args:
+            has_tags: targets are of tokens.
+        """
         layout, boundaries = _packed_layout(batch, shapes)
         inputs = {name: batch[name] for name in _INPUTS}
         targets, bounds = batch["targets"], batch["cu_seq_lens"].long()
-        starts, lengths = bounds[batch["sequences"]], bounds.diff()[batch["sequences"]]
-        counting = torch.arange(int(lengths.max()) if len(lengths) else 1)
+        sequences, positions = batch["sequences"], batch["input_ids"].numel()
+        starts, lengths = bounds[sequences], bounds.diff()[sequences]
+        longest = int(lengths.max()) if len(lengths) else 1
+        if shapes is not None:
+            longest = shapes.sequence_tokens or batch["input_ids"].shape[1]
+        counting = torch.arange(longest)
         places = torch.where(counting < lengths[:, None], starts[:, None] + counting, -1)
+        tokens = places[places >= 0]
         known = ~targets.isnan() if targets.is_floating_point() else targets != IGNORED
         terms = known.all(-1) if targets.ndim == 2 and not targets.is_floating_point() else known  # a span is one
+        if shapes is not None and len(batch["rows"]):
+            texts = len(sequences) // len(batch["rows"])
+            room = shapes.samples(len(batch["rows"]))
+            sequences = _longer(sequences, room * texts, 0)
+            places = _longer(places, room * texts, -1)
+            tokens = _longer(tokens, positions, 0)
+            unknown = float("nan") if targets.is_floating_point() else IGNORED
+            targets = _longer(targets, positions if has_tags else room, unknown)
         return cls(
             inputs={**inputs, "cu_seq_lens_q": boundaries},
             layout=layout,
-            sequences=batch["sequences"],
+            sequences=sequences,
             targets=targets,
-            tokens=places[places >= 0],
+            tokens=tokens,
             places=places,
             lengths=tuple(lengths.tolist()),
             rows=tuple(batch["rows"].tolist()),
@@ -271,9 +299,14 @@ def _filled_up(batch: Batch, shapes: FixedShapes) -> Batch:
     return filled
 
 
+def _longer(values: Tensor, length: int, value: float) -> Tensor:
+    """With as many rows."""
+    return torch.cat([values, values.new_full((length - len(values), *values.shape[1:]), value)])
+
+
 def moved(value: Tensor, device: torch.device) -> Tensor:
     """`value` on `device`, through page-locked memory where the device has its own, so that the host need not wait."""
-    if device.type == "cuda" and not value.is_pinned():
+    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
+from megatron_bert.training.graphs import PassGraphs
 from megatron_bert.training.microbatch import FixedShapes, MicroBatch
 from megatron_bert.training.sums import Sums
 
@@ -57,6 +58,7 @@ class Objective:
         precision: number type of the computation; weights, gradients and sums stay float32.
         token_losses: the function of this name, or a compiled one.
         shapes: what every batch is filled up to, where the model is compiled.
+        graphs: of training passes, where they are recorded.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Objective:
     precision: str = "float32"
     token_losses: TokenLosses = token_losses
     shapes: FixedShapes | None = None
+    graphs: PassGraphs | None = None
 
     def micro_batch(self, batch: Batch) -> MicroBatch:
         """A collated batch as this objective takes it, still in the CPU's memory."""

@@ -125,6 +125,7 @@ class Setup:
             compiled=should_compile(runtime.compile, self.device),
             mesh=self.ranks.mesh,
             keeps_layers=configuration.mesh.keep_layers,
+            cuda_graphs=runtime.cuda_graphs,
         )
 
 

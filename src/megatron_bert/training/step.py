@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from megatron_bert.data.batches import Batch
 from megatron_bert.parallel.data import call_within
-from megatron_bert.training.microbatch import FixedShapes, moved
+from megatron_bert.training.graphs import PassGraphs
+from megatron_bert.training.microbatch import FixedShapes, LaidOut, moved
 from megatron_bert.training.ranks import ALONE, Ranks
 from megatron_bert.training.sums import Sums
 
 __all__ = ["Minimised", "StepResult", "Sums", "evaluate_batch", "train_step"]
 
-OneBatch = TypeVar("OneBatch")
+OneBatch = TypeVar("OneBatch", bound=LaidOut)
 Losses = TypeVar("Losses")
 
 
@@ -28,6 +29,7 @@ class Minimised(Protocol[OneBatch, Losses]):
     model: nn.Module
     device: torch.device
     shapes: FixedShapes | None
+    graphs: PassGraphs | None
 
     def micro_batch(self, batch: Batch) -> OneBatch:
         """A collated batch as this objective takes it, still in the CPU's memory."""
@@ -75,12 +77,15 @@ def train_step(
         sum(column) for column in zip(*map(objective.numbers, micro_batches), strict=True)
     ]
     device, model = objective.device, objective.model
-    if ranks.mesh is not None:
+    if ranks.mesh is not None or objective.graphs is not None:
         numbers = ranks.sum_over_data(moved(torch.tensor(numbers), device)).unbind()
     sums = Sums()
-    for batch in micro_batches:
-        losses = call_within(model, objective, batch)
-        objective.mean(losses, numbers).backward()  # type: ignore[no-untyped-call]
+    for at, batch in enumerate(micro_batches):
+        if objective.graphs is not None:
+            losses = objective.graphs.differentiate(objective, batch, numbers, is_first=at == 0)
+        else:
+            losses = call_within(model, objective, batch)
+            objective.mean(losses, numbers).backward()  # type: ignore[no-untyped-call]
         sums = sums.plus(objective.sums(losses, batch))
     sums, norm = sums.over(ranks, device), ranks.complete_gradients(model)
     applied = norm.isfinite() & sums.losses().isfinite()

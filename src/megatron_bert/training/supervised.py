@@ -25,6 +25,7 @@ from megatron_bert.model import (
     MegatronBertForSequenceClassification,
     MegatronBertForTokenClassification,
 )
+from megatron_bert.training.graphs import PassGraphs
 from megatron_bert.training.microbatch import FixedShapes, LabelledBatch
 from megatron_bert.training.objective import at_least_1, autocast
 from megatron_bert.training.sums import Sums
@@ -71,6 +72,7 @@ class SupervisedObjective:
         model: of the class that `HEADS` has for the head.
         precision: number type of the computation; weights, gradients and sums stay float32.
         shapes: what every batch is filled up to, where the model is compiled.
+        graphs: of training passes, where they are recorded.
     """
 
     model: nn.Module
@@ -79,10 +81,11 @@ class SupervisedObjective:
     problem: Problem | None = None
     precision: str = "float32"
     shapes: FixedShapes | None = None
+    graphs: PassGraphs | None = None
 
     def micro_batch(self, batch: Batch) -> LabelledBatch:
         """A collated batch as this objective takes it, still in the CPU's memory."""
-        return LabelledBatch.of(batch, self.shapes)
+        return LabelledBatch.of(batch, self.shapes, has_tags=self.head == "token")
 
     def numbers(self, batch: LabelledBatch) -> tuple[int, ...]:
         """Of terms."""
@@ -111,10 +114,10 @@ class SupervisedObjective:
         batch = cpu_batch.to(self.device)
         losses, logits = self._run(batch)
         if self.head in ("sequence", "choice"):
-            return losses, list(logits.unbind())
+            return losses, list(logits[: len(batch.rows)].unbind())
         if self.head == "token":
-            return losses, list(torch.split(logits, list(batch.lengths)))
-        return losses, [one[:, :length] for one, length in zip(logits, batch.lengths, strict=True)]
+            return losses, list(torch.split(logits[: sum(batch.lengths)], list(batch.lengths)))
+        return losses, [one[:, :length] for one, length in zip(logits, batch.lengths, strict=False)]
 
     def _run(self, batch: LabelledBatch) -> tuple[TaskLosses, Tensor]:
         with autocast(self.device, self.precision):
