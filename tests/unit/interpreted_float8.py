@@ -17,6 +17,7 @@ from megatron_bert.training import float8_products, layer_kernels
 from megatron_bert.training.float8_layers import walk_layers_in_float8
 from megatron_bert.training.float8_products import linear, linear_gelu, linear_residual_norm, narrowed, narrowed_weight
 from megatron_bert.training.layer_kernels import cast_rows, gelu_backward, gelu_forward, norm_backward, norm_forward
+from tests.unit.float8_rows import check_narrowed, random_rows
 from tests.unit.interpreted_fused_layers import loss_of, model
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
@@ -47,27 +48,6 @@ def multiplied(
     with torch.autocast("cpu", enabled=False):
         product = (values.float() * scales[:, None]) @ (weight.float() * weight_scales[:, None]).t()
         return (product if bias is None else product + bias.float()).bfloat16()
-
-
-def check_narrowed(values: Tensor, scales: Tensor, exact: Tensor) -> None:
-    """Against e4m3's definition (arXiv 2209.05433, table 1): 448 at most, 3 bits of mantissa, exponents from -6 on; so
-    off by half of the last bit, and a little, as the exact states are float64's.
-    """
-    assert values.dtype == torch.float8_e4m3fn
-    largest = exact.abs().amax(1)
-    torch.testing.assert_close(scales.double(), largest.clamp(min=1e-30) / 448, rtol=1e-4, atol=0.0)
-    assert (values.double().abs().amax(1)[largest > 0] == 448).all()
-    scaled = exact / scales.double()[:, None]
-    last_bit = 2.0 ** (scaled.abs().clamp(min=2.0**-6).log2().floor() - 3)
-    assert ((values.double() - scaled).abs() <= 0.501 * last_bit + 1e-4 * scaled.abs()).all()
-
-
-def random_rows(tokens: int, width: int) -> Tensor:
-    """Rows of very different sizes, one of zeros."""
-    rng = torch.Generator().manual_seed(tokens)
-    rows = torch.randn(tokens, width, generator=rng) * 10 ** torch.linspace(-20, 10, tokens)[:, None]
-    rows[tokens // 2] = 0
-    return rows
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(37, 24), (9, 130)])
