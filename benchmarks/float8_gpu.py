@@ -4,7 +4,7 @@
 
 The four products of a layer, forward and for the gradient of the input: PFLOP/s at T x K x N, float8 with sums in full
 precision and fast ones, as `float8_products` uses them. Then the kernels with and without float8, milliseconds and the
-rate in TB/s of bytes that have to move, and the casts of a layer's weights, compiled. Median of 10 calls. `--sweep`
+rate in TB/s of bytes that have to move. Median of 10 calls. `--sweep`
 times the kernels with other tiles, the fastest first.
 """
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from megatron_bert.training import layer_kernels
-from megatron_bert.training.float8_products import narrowed_weight, scaled_product
+from megatron_bert.training.float8_products import scaled_product
 from megatron_bert.training.layer_kernels import (
     cast_rows,
+    cast_weight,
     drawn_seed,
     gelu_backward,
     gelu_forward,
@@ -34,6 +35,7 @@ WIDTHS = {"345m": 1024, "1.3b": 2048, "3.9b": 2560}
 DROPOUT = 0.1
 # elements of a program, of a warp, and where it goes on to further rows how many there are
 TILES = [(2048, 256), (4096, 256), (4096, 512), (8192, 512)]
+WEIGHT_TILES = [(16, 256, 8), (16, 256, 4), (16, 128, 4), (32, 128, 8), (32, 256, 8)]  # outputs, inputs, warps
 AGAIN = [(*tile, programs) for tile in TILES[1:] for programs in (132, 264, 396, 528)]
 
 
@@ -116,14 +118,22 @@ def _casts(tokens: int, width: int) -> None:
 
 
 def _weights(width: int) -> None:
-    """Of a layer, once a pass, compiled."""
-    shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)]
-    parameters = [torch.randn(shape, device="cuda") for shape in shapes]
-    groups = [parameters[:3], *([one] for one in parameters[3:])]
-    rounded = torch.compile(lambda: [one.bfloat16() for one in parameters], dynamic=False)
-    narrowed = torch.compile(lambda: [narrowed_weight(group)[1:] for group in groups], dynamic=False)
+    """Of a layer, once a pass, where bfloat16's are by PyTorch's compiler."""
+    groups = _layer_weights(width)
+    rounded = torch.compile(lambda: [one.bfloat16() for group in groups for one in group], dynamic=False)
     size = 12 * width**2 / 1e9
-    _row(f"a layer's weights, {width}", lambda narrow: narrowed() if narrow else rounded(), 6 * size, 10 * size)
+    _row(f"casts of a layer's weights, {width}", lambda narrow: _cast_weights(groups) if narrow else rounded(),
+         6 * size, 6 * size)  # fmt: skip
+
+
+def _layer_weights(width: int) -> list[list[Tensor]]:
+    shapes = [[(width, width)] * 3, [(width, width)], [(4 * width, width)], [(width, 4 * width)]]
+    return [[torch.randn(shape, device="cuda") for shape in group] for group in shapes]
+
+
+def _cast_weights(groups: list[list[Tensor]]) -> None:
+    for group in groups:
+        cast_weight(group)
 
 
 def _row(title: str, call: Callable[[bool], object], plain: float, narrow: float) -> None:
@@ -150,17 +160,25 @@ def _sweeps(tokens: int, width: int) -> None:
            lambda: gelu_backward(wide, wide, *vectors)[1].sum(0))  # fmt: skip
     _sweep("cast", layer_kernels._CAST, TILES, 3 * size, lambda: cast_rows(product))
     _sweep("cast of a gradient", layer_kernels._CAST, AGAIN, 9 * size, lambda: cast_rows(joined, third)[2].sum(0))
+    groups, names = _layer_weights(width), ("ROWS", "COLUMNS", "num_warps")
+    _sweep("casts of a layer's weights", layer_kernels._CAST_WEIGHT, WEIGHT_TILES, 72e-9 * width**2,
+           lambda: _cast_weights(groups), names)  # fmt: skip
 
 
 def _sweep(
-    title: str, limits: dict[str, int], variants: list[Any], gigabytes: float, call: Callable[[], object]
+    title: str,
+    limits: dict[str, int],
+    variants: list[Any],
+    gigabytes: float,
+    call: Callable[[], object],
+    names: tuple[str, ...] = ("elements", "warp_elements", "programs"),
 ) -> None:
-    names, kept, times = ("elements", "warp_elements", "programs"), dict(limits), {}
+    kept, times = dict(limits), {}
     for variant in variants:
         limits.update(dict(zip(names, variant, strict=False)))
         times[variant] = _milliseconds(call)
     limits.update(kept)
-    print(f"\n{title}: elements, warp_elements, programs; now {tuple(kept.get(name) for name in names)}")
+    print(f"\n{title}: {', '.join(names)}; now {tuple(kept.get(name) for name in names)}")
     for variant, milliseconds in sorted(times.items(), key=lambda item: item[1])[:5]:
         print(f"  {variant}: {milliseconds:.3f} ms, {gigabytes / milliseconds:.2f} TB/s", flush=True)
 

@@ -43,6 +43,14 @@ def test_cast_rows(tokens: int, width: int) -> None:
     torch.testing.assert_close(parts.sum(0).double(), rows.double().sum(0), rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.parametrize(("outputs", "width"), [(1024, 4096), (80, 16400)])
+def test_a_weight_is_narrowed_in_both_layouts(outputs: int, width: int) -> None:
+    parts = [random_rows(outputs, width).to(CUDA) for _ in range(3)]
+    weight = narrowed_weight(parts)
+    check_narrowed(weight.values, weight.scales, torch.cat(parts).double())
+    assert torch.equal(weight.transposed.float(), weight.values.float().t())
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(4099, 1024), (517, 2560)])
 def test_norm(tokens: int, width: int) -> None:
     """In float32, so that what is narrowed can be told."""

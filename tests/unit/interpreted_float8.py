@@ -61,6 +61,17 @@ def test_cast_rows(tokens: int, width: int) -> None:
     torch.testing.assert_close(parts.sum(0).double(), rows.double().sum(0), rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.parametrize(("outputs", "width"), [(20, 300), (16, 32)])
+def test_a_weight_is_narrowed_in_both_layouts(outputs: int, width: int) -> None:
+    """Three as one, each with a row of zeros."""
+    parts = [random_rows(outputs, width) for _ in range(3)]
+    weight = narrowed_weight(parts)
+    assert torch.equal(weight.parameter, torch.cat(parts))
+    check_narrowed(weight.values, weight.scales, torch.cat(parts).double())
+    assert weight.transposed.is_contiguous()
+    assert torch.equal(weight.transposed.float(), weight.values.float().t())
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_what_is_not_finite_is_seen(bad: float) -> None:
     """As everywhere, it must reach the loss, which then skips the step."""

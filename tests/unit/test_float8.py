@@ -1,4 +1,4 @@
-"""float8, without a GPU: what refuses it, and its weights and product (its kernels: `interpreted_float8`)."""
+"""float8, without a GPU: what refuses it, and its product (its kernels: `interpreted_float8`)."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_bert.training import execution
 from megatron_bert.training.configuration import load_configuration
 from megatron_bert.training.execution import build_objective, should_compile
 from megatron_bert.training.float8 import check_device, device_refusal
-from megatron_bert.training.float8_products import Rows, narrowed_weight, scaled_product
+from megatron_bert.training.float8_products import scaled_product
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_345m.yaml"
 
@@ -72,39 +72,20 @@ def test_models_that_it_is_not_for(changes: dict[str, object], recompute: str, m
         )  # fmt: skip
 
 
-def test_a_weight_is_narrowed_by_rows_and_in_both_layouts() -> None:
-    """e4m3 (arXiv 2209.05433, table 1): 448 at most, off by 2 ^ -4 at most, or half of 2 ^ -9 below 2 ^ -6."""
-    rng = torch.Generator().manual_seed(0)
-    parts = [torch.randn(32, 48, generator=rng) * 10.0 ** torch.arange(-16, 16)[:, None] for _ in range(3)]
-    parts[1][5] = 0
-    weight = narrowed_weight(parts)
-    wide = torch.cat(parts).double()
-    assert torch.equal(weight.parameter, wide.float())
-    assert weight.values.dtype == torch.float8_e4m3fn
-    assert torch.equal(weight.transposed.float(), weight.values.float().t())
-    assert weight.transposed.is_contiguous()
-    torch.testing.assert_close(weight.scales.double(), wide.abs().amax(1).clamp(min=1e-30) / 448, rtol=1e-6, atol=0.0)
-    found, scaled = weight.values.double(), wide / weight.scales.double()[:, None]
-    assert ((found - scaled).abs() <= torch.maximum(2.0**-4 * scaled.abs(), torch.tensor(2.0**-10)) * 1.0001).all()
-    assert (found[37] == 0).all()
-    assert (found.abs().amax(1)[[row for row in range(96) if row != 37]] == 448).all()
-
-
 def test_the_product_is_that_of_scaled_operands() -> None:
     """Exactly representable operands: off by the rounding to bfloat16 alone (2 ^ -9)."""
     rng = torch.Generator().manual_seed(0)
     values, weight = (torch.randint(-8, 9, (rows, 32), generator=rng).double() for rows in (40, 48))
     scales, weight_scales = torch.rand(40, generator=rng), torch.rand(48, generator=rng)
     bias = torch.randn(48, generator=rng).bfloat16()
-    rows = Rows(values, values.to(torch.float8_e4m3fn), scales)
-    narrow = weight.to(torch.float8_e4m3fn)
+    rows, narrow = (states.to(torch.float8_e4m3fn) for states in (values, weight))
     try:
-        found = scaled_product(rows.values, rows.scales, narrow, weight_scales, bias, True)
+        found = scaled_product(rows, scales, narrow, weight_scales, bias, True)
     except (RuntimeError, NotImplementedError) as error:  # PyTorch 2.11
         pytest.skip(f"no product by rows on this CPU: {str(error)[:80]}")
     exact = (values * scales[:, None]) @ weight.t()
     torch.testing.assert_close(found.double(), exact * weight_scales + bias.double(), rtol=2.0**-8, atol=1e-2)
-    unscaled = scaled_product(rows.values, rows.scales, narrow, None, None, False)
+    unscaled = scaled_product(rows, scales, narrow, None, None, False)
     torch.testing.assert_close(unscaled.double(), exact, rtol=2.0**-8, atol=1e-2)
 
 

@@ -27,13 +27,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_bert.training.layer_kernels import cast_rows, gelu_backward, gelu_forward, norm_backward, norm_forward
+from megatron_bert.training.layer_kernels import (
+    cast_rows,
+    cast_weight,
+    gelu_backward,
+    gelu_forward,
+    norm_backward,
+    norm_forward,
+)
 
 __all__ = ["Rows", "Weight", "linear", "linear_gelu", "linear_residual_norm", "narrowed", "narrowed_weight"]
 
 _FAST_FORWARD, _FAST_GRADIENT = True, False
-_LARGEST = 448.0
-_LEAST = 1e-30  # as `layer_triton._store_narrowed` has it
 
 
 class Rows(NamedTuple):
@@ -60,13 +65,9 @@ def narrowed(states: Tensor) -> Rows:
 
 
 def narrowed_weight(parameters: Sequence[Tensor]) -> Weight:
-    """Weights with the same inputs, as one. A compiler makes two kernels of it."""
-    with torch.autocast(parameters[0].device.type, enabled=False):  # which knows nothing of float8
-        parts = [parameter.detach() for parameter in parameters]
-        scales = [part.abs().amax(1).clamp(min=_LEAST) / _LARGEST for part in parts]
-        narrow = [(part / scale[:, None]).to(torch.float8_e4m3fn) for part, scale in zip(parts, scales, strict=True)]
-        values = torch.cat(narrow)
-        return Weight(torch.cat(list(parameters)), values, values.t().contiguous(), torch.cat(scales))
+    """Weights of the same inputs, as one."""
+    values, transposed, scales = cast_weight([parameter.detach() for parameter in parameters])
+    return Weight(torch.cat(list(parameters)), values, transposed, scales)
 
 
 def linear(rows: Rows, weight: Weight, biases: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "biased_gelu",
     "can_drop",
     "cast_rows",
+    "cast_weight",
     "drawn_seed",
     "gelu_backward",
     "gelu_forward",
@@ -43,6 +44,7 @@ _GELU_BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4, "programs": 1056, "
 _GELU_FORWARD_NARROW = {"elements": 4096, "warp_elements": 256}
 _GELU_BACKWARD_NARROW = {"elements": 4096, "warp_elements": 256, "programs": 264, "STAGES": 1}
 _CAST = {"elements": 4096, "warp_elements": 256, "programs": 396, "STAGES": 1}
+_CAST_WEIGHT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 8}
 _MOST_WARPS = 16
 
 
@@ -312,6 +314,33 @@ def cast_rows(states: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Ten
 def _cast_results(states: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     programs = 0 if factor is None else _CAST["programs"]
     return *_narrow_results(states, True), states.new_empty(programs, states.shape[-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_bert::cast_weight", mutates_args=())
+def cast_weight(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (N, D) of the same inputs, as one, in float8: (N, D), its transpose, and the scales (N)."""
+    from megatron_bert.training import layer_triton  # noqa: PLC0415
+
+    values, transposed, scales = _weight_results(parts)
+    first = 0
+    for part in parts:
+        outputs, width = part.shape
+        rows = slice(first, first + outputs)
+        layer_triton.cast_weight[(-(-outputs // _CAST_WEIGHT["ROWS"]),)](
+            part.contiguous(), values[rows], transposed[:, rows], scales[rows], outputs, len(scales), D=width,
+            **_CAST_WEIGHT,
+        )  # fmt: skip
+        first += outputs
+    return values, transposed, scales
+
+
+@cast_weight.register_fake
+def _weight_results(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, width = sum(len(part) for part in parts), parts[0].shape[1]
+    values, transposed = (
+        parts[0].new_empty(shape, dtype=torch.float8_e4m3fn) for shape in ((outputs, width), (width, outputs))
+    )
+    return values, transposed, parts[0].new_empty(outputs, dtype=torch.float32)
 
 
 def _narrow_results(states: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:

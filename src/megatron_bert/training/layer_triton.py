@@ -163,12 +163,36 @@ def cast_rows(
 
 
 @triton.jit
-def _store_narrowed(NARROWED, SCALES, states, at, rows, ok, tokens):
-    """Rows in e4m3 whose largest magnitude is 448, the format's, and what they are to be multiplied by (arXiv
-    2209.05433, sections 3 and 4). A row of zeros has a scale, too: the least, which no gradient that counts gets near.
+def cast_weight(
+    WEIGHT, VALUES, TRANSPOSED, SCALES, outputs, together,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A weight (outputs, D) in float8, and its transpose, whose rows are of `together` outputs. The second time that a
+    program reads its rows, they are still in a cache.
     """
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, D, COLUMNS):
+        ok = (rows < outputs)[:, None] & (start + columns < D)[None, :]
+        largest = tl.maximum(largest, tl.abs(tl.load(WEIGHT + at + start, mask=ok, other=0.0).to(tl.float32)))
+    scale = _scale_of(tl.max(largest, 1))
+    tl.store(SCALES + rows, scale, mask=rows < outputs)
+    inverse = (1.0 / scale)[:, None]
+    for start in range(0, D, COLUMNS):
+        ok = (rows < outputs)[:, None] & (start + columns < D)[None, :]
+        weight = tl.load(WEIGHT + at + start, mask=ok, other=0.0).to(tl.float32)
+        narrowed = (weight * inverse).to(VALUES.dtype.element_ty)
+        tl.store(VALUES + at + start, narrowed, mask=ok)
+        across = (start + columns).to(tl.int64)[:, None] * together + rows[None, :]
+        tl.store(TRANSPOSED + across, tl.trans(narrowed), mask=tl.trans(ok))
+
+
+@triton.jit
+def _store_narrowed(NARROWED, SCALES, states, at, rows, ok, tokens):
+    """Rows in e4m3, and what they are to be multiplied by."""
     states = tl.where(ok, states, 0.0)
-    scale = tl.maximum(tl.max(tl.abs(states), 1), 1e-30) * 0.002232142857142857
+    scale = _scale_of(tl.max(tl.abs(states), 1))
     tl.store(NARROWED + at, (states * (1.0 / scale)[:, None]).to(NARROWED.dtype.element_ty), mask=ok)
     tl.store(SCALES + rows, scale, mask=rows < tokens)
 
@@ -211,3 +235,11 @@ def _kept(SEED, site, rows, columns, addend, D: tl.constexpr, PACKED: tl.constex
     counter = (rows * ((D + 3) // 4))[:, None] + (columns >> 2)[None, :]
     flags = _flags(counter ^ first.to(tl.uint32), second.to(tl.uint32), addend, PACKED)
     return _is_kept(flags, ((columns & 3) << 3)[None, :])
+
+
+@triton.jit
+def _scale_of(largest):
+    """Such that the largest magnitude becomes 448, e4m3's (arXiv 2209.05433, sections 3 and 4). A row of zeros has one,
+    too: the least, which no gradient that counts gets near.
+    """
+    return tl.maximum(largest, 1e-30) * 0.002232142857142857
