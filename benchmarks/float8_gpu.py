@@ -36,6 +36,7 @@ DROPOUT = 0.1
 # elements of a program, of a warp, and where it goes on to further rows how many there are
 TILES = [(2048, 256), (4096, 256), (4096, 512), (8192, 512)]
 WEIGHT_TILES = [(16, 256, 8), (16, 256, 4), (16, 128, 4), (32, 128, 8), (32, 256, 8)]  # outputs, inputs, warps
+NORM_AGAIN = [(*tile, programs) for tile in [(1024, 256), (2048, 256), (2048, 512)] for programs in (264, 528, 792)]
 AGAIN = [(*tile, programs) for tile in TILES[1:] for programs in (132, 264, 396, 528)]
 
 
@@ -151,9 +152,9 @@ def _sweeps(tokens: int, width: int) -> None:
     arguments = (product, narrow, product, narrow, narrow, seed, 0, DROPOUT, 1e-12, True)
     total, normed, mean, rstd, *_ = norm_forward(*arguments)
     backward = (normed, normed, total, mean, rstd, narrow, seed, 0, DROPOUT, narrow)
-    few = [(elements // 2, warp, 2 * programs) for elements, warp, programs in AGAIN]
     _sweep("norm forward", layer_kernels._NORM_FORWARD, TILES, 9 * size, lambda: norm_forward(*arguments))
-    _sweep("norm backward", layer_kernels._NORM_BACKWARD, few, 11 * size, lambda: norm_backward(*backward)[2].sum(0))
+    _sweep("norm backward", layer_kernels._NORM_BACKWARD_NARROW, NORM_AGAIN, 11 * size,
+           lambda: norm_backward(*backward)[2].sum(0))  # fmt: skip
     _sweep("GELU forward", layer_kernels._GELU_FORWARD_NARROW, TILES, 20 * size,
            lambda: gelu_forward(wide, vectors[0], True))  # fmt: skip
     _sweep("GELU backward", layer_kernels._GELU_BACKWARD_NARROW, AGAIN, 28 * size,

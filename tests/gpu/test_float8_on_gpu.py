@@ -64,8 +64,9 @@ def test_norm(tokens: int, width: int) -> None:
     check_narrowed(*found, exact)
     found = norm_backward(grad, grad, total, mean, rstd, weight, seed, 1, 0.1, factor)
     plain = norm_backward(grad, grad, total, mean, rstd, weight, seed, 1, 0.1)
-    for one, other in zip(found[:3], plain[:3], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    for one, other in zip(found[:2], plain[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[2].sum(0), plain[2].sum(0), rtol=1e-3, atol=1e-2)
     check_narrowed(*found[3:], found[1].double() * factor.double())
 
 
@@ -118,6 +119,19 @@ def test_steps_are_near_those_of_float32(compiled: bool, is_packed: bool) -> Non
     for one, other in zip(wanted, found, strict=True):
         assert other.sums.means()["loss"] == pytest.approx(one.sums.means()["loss"], rel=3e-2)
         assert other.gradient_norm.item() == pytest.approx(one.gradient_norm.item(), rel=0.2)
+
+
+def test_every_gradient_is_near_that_of_bfloat16() -> None:
+    """Packed: the way through the attention kernel, too."""
+    gradients = []
+    for precision in ("bfloat16", "float8"):
+        objective = objective_of(precision)
+        objective(objective.micro_batch(packed(batch()))).masked_lm.backward()
+        gradients.append({name: one.grad for name, one in objective.model.named_parameters() if one.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, wanted in gradients[0].items():
+        if ".layer." in name and not name.endswith("key.bias"):  # softmax does not see it: rounding alone
+            assert (gradients[1][name] - wanted).norm() <= 0.2 * wanted.norm(), name
 
 
 def loss_and_gradients(recompute: str = "none") -> tuple[Tensor, dict[str, Tensor], set[str]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton.runtime import interpreter
 
+from megatron_bert.model.attention_kernel import joined
 from megatron_bert.training import float8_products, layer_kernels
 from megatron_bert.training.float8_layers import walk_layers_in_float8
 from megatron_bert.training.float8_products import linear, linear_gelu, linear_residual_norm, narrowed, narrowed_weight
@@ -25,9 +26,10 @@ SHAPE = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 
 @pytest.fixture(autouse=True)
 def small_and_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limits in ("_NORM_BACKWARD", "_GELU_BACKWARD_NARROW", "_CAST"):
+    backward = ["_NORM_BACKWARD", "_NORM_BACKWARD_NARROW", "_GELU_BACKWARD_NARROW", "_CAST"]
+    for limits in backward:
         monkeypatch.setitem(getattr(layer_kernels, limits), "programs", 3)
-    for limits in ("_NORM_FORWARD", "_NORM_BACKWARD", "_GELU_FORWARD_NARROW", "_GELU_BACKWARD_NARROW", "_CAST"):
+    for limits in ("_NORM_FORWARD", "_GELU_FORWARD_NARROW", *backward):
         monkeypatch.setitem(getattr(layer_kernels, limits), "elements", 1024)
     monkeypatch.setattr(float8_products, "_multiply", multiplied)
     convert = interpreter._convert_float
@@ -165,6 +167,25 @@ def test_gradients_are_those_of_the_rounded_product() -> None:
         limits = (0.01, 0.04, 0.04, 0.01)
         errors = [relative_error(one, other) for one, other in zip(found, wanted, strict=True)]
         assert all(error < limit for error, limit in zip(errors, limits, strict=True)), (kind, errors)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_sees_one_tensor_behind_its_inputs(compiled: bool) -> None:
+    """As it joins queries, keys and values without a copy; and the gradient comes back by the same way."""
+    torch._dynamo.reset()
+    states, parts = torch.randn(1, 40, 32).bfloat16().requires_grad_(), [torch.randn(32, 32) for _ in range(3)]
+    biases, grad = [torch.randn(32) for _ in range(3)], torch.randn(40, 3, 2, 16).bfloat16()
+
+    def run(states: Tensor) -> Tensor:
+        thirds = linear(narrowed(states), narrowed_weight(parts), biases).chunk(3, -1)
+        return joined(*(third[0].unflatten(-1, (2, 16)) for third in thirds))
+
+    qkv = (torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run)(states)
+    assert qkv.is_contiguous()
+    assert compiled or qkv._base is not None
+    (found,) = torch.autograd.grad(qkv, states, grad)
+    wanted = grad.flatten(1).float() @ torch.cat(parts)
+    assert relative_error(found[0].float(), wanted) < 0.06
 
 
 def test_a_step_is_that_of_float32_within_float8s_rounding() -> None:

@@ -42,7 +42,7 @@ _FAST_FORWARD, _FAST_GRADIENT = True, False
 
 
 class Rows(NamedTuple):
-    """The input of a product: states (.., K) in bfloat16, for the weight's gradient; values e4m3 (T, K), scales (T)."""
+    """A product's input: states (.., K) in bfloat16, for the weight's gradient; values e4m3 (.., K), scales (T)."""
 
     states: Tensor
     values: Tensor
@@ -111,7 +111,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(states, transposed, weight_scales)
         product: Tensor = scaled_product(values, scales, weight, weight_scales, bias.to(torch.bfloat16), _FAST_FORWARD)
-        return product.view(*states.shape[:-1], -1)
+        return product
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -135,7 +135,7 @@ class _LinearGelu(torch.autograd.Function):
         bias: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         product = scaled_product(values, scales, weight, weight_scales, None, _FAST_FORWARD)
-        activated, new_values, new_scales = gelu_forward(product.view(*states.shape[:-1], -1), bias, True)
+        activated, new_values, new_scales = gelu_forward(product, bias, True)
         ctx.save_for_backward(states, transposed, weight_scales, product, bias)
         ctx.mark_non_differentiable(new_values, new_scales)
         return activated, new_values, new_scales
@@ -170,7 +170,7 @@ class _LinearResidualNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         product = scaled_product(values, scales, weight, weight_scales, None, _FAST_FORWARD)
         total, normed, mean, rstd, new_values, new_scales = norm_forward(
-            product.view(residual.shape), bias, residual, norm_weight, norm_bias, seed, site, dropout, eps, True
+            product, bias, residual, norm_weight, norm_bias, seed, site, dropout, eps, True
         )
         ctx.save_for_backward(states, transposed, weight_scales, total, mean, rstd, norm_weight, seed)
         ctx.site, ctx.dropout = site, dropout
@@ -199,24 +199,27 @@ def _gradients(
     """Of the states and, float32, of the weight, for the product's gradient: (.., N), and narrowed."""
     of_states: Tensor = scaled_product(values, scales, transposed, None, None, _FAST_GRADIENT)
     of_weight = grad.flatten(0, -2).t() @ states.flatten(0, -2)
-    return of_states.view(states.shape), of_weight.float()
+    return of_states, of_weight.float()
 
 
 @torch.library.custom_op("megatron_bert::scaled_product", mutates_args=())
 def scaled_product(
     values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor | None, bias: Tensor | None, fast: bool
 ) -> Tensor:
-    """x W^T + bias in bfloat16 (T, N), of e4m3 (T, K) with scales (T), and (N, K) with scales (N), or ones."""
+    """x W^T + bias in bfloat16 (.., N), of e4m3 (.., K) with scales (T), and (N, K) with scales (N), or ones."""
     if weight_scales is None:
         weight_scales = _ones(len(weight), weight.device)
-    return _multiply(values, scales, weight, weight_scales, bias, fast)
+    product = _multiply(values.flatten(0, -2), scales, weight, weight_scales, bias, fast)
+    # Not a view: who looks for the tensor behind parts of this one (`attention_kernel.joined`) has to end up here.
+    shaped: Tensor = torch.ops.aten._unsafe_view(product, [*values.shape[:-1], len(weight)])
+    return shaped
 
 
 @scaled_product.register_fake
 def _product_result(
     values: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor | None, bias: Tensor | None, fast: bool
 ) -> Tensor:
-    return values.new_empty(len(values), len(weight), dtype=torch.bfloat16)
+    return values.new_empty(*values.shape[:-1], len(weight), dtype=torch.bfloat16)
 
 
 def _multiply(

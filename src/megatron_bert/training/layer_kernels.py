@@ -40,7 +40,8 @@ _NORM_FORWARD = {"elements": 2048, "warp_elements": 256}
 _NORM_BACKWARD = {"elements": 2048, "warp_elements": 512, "programs": 660, "STAGES": 1}
 _GELU_FORWARD = {"ROWS": 4, "COLUMNS": 256, "num_warps": 4}
 _GELU_BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4, "programs": 1056, "STAGES": 1}
-# With float8, a program of the activation has whole rows, too. A multiprocessor's registers hold two to four of these.
+# With float8, a program of the activation has whole rows, too. A multiprocessor's registers hold two to six of these.
+_NORM_BACKWARD_NARROW = {"elements": 1024, "warp_elements": 256, "programs": 792, "STAGES": 1}
 _GELU_FORWARD_NARROW = {"elements": 4096, "warp_elements": 256}
 _GELU_BACKWARD_NARROW = {"elements": 4096, "warp_elements": 256, "programs": 264, "STAGES": 1}
 _CAST = {"elements": 4096, "warp_elements": 256, "programs": 396, "STAGES": 1}
@@ -96,8 +97,8 @@ def norm_forward(
     eps: float,
     narrow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum, its norm, the mean and the reciprocal deviation of each row, and with `narrow` the norm in float8 (T, D)
-    and its scales (T).
+    """The sum, its norm, the mean and the reciprocal deviation of each row (T), and with `narrow` the norm in float8
+    (.., D) and its scales (T).
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
@@ -147,11 +148,11 @@ def norm_backward(
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the residual and, with dropout, of the product; (P, 3, D) partial sums of those of weight, shift
-    and bias; and with `factor` (D) the product's times it in float8 (T, D), and its scales (T).
+    and bias; and with `factor` (D) the product's times it in float8 (.., D), and its scales (T).
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
-    grad_normed = grad_normed.contiguous()
+    grad_normed, limits = grad_normed.contiguous(), _NORM_BACKWARD if factor is None else _NORM_BACKWARD_NARROW
     of_residual, of_product, parts, narrowed, scales = _norm_gradients(
         grad_total, grad_normed, total, mean, rstd, weight, seed, site, dropout, factor
     )
@@ -160,7 +161,7 @@ def norm_backward(
         mean if seed is None else seed, weight if factor is None else factor, of_residual, of_product, parts,
         narrowed, scales, len(mean), site, *_dropout_arguments(dropout),
         HAS_GRAD_SUM=grad_total is not None, DROP=dropout > 0.0, PACKED=_takes_assembly(total),
-        NARROW=factor is not None, STAGES=_NORM_BACKWARD["STAGES"], **_row_tile(total.shape[-1], _NORM_BACKWARD),
+        NARROW=factor is not None, STAGES=limits["STAGES"], **_row_tile(total.shape[-1], limits),
     )  # fmt: skip
     return of_residual, of_product, parts, narrowed, scales
 
@@ -179,7 +180,8 @@ def _norm_gradients(
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     of_product = grad_normed.new_empty(total.shape if dropout > 0.0 else (0,))
-    parts = total.new_empty(_NORM_BACKWARD["programs"], 3, total.shape[-1], dtype=torch.float32)
+    programs = (_NORM_BACKWARD if factor is None else _NORM_BACKWARD_NARROW)["programs"]
+    parts = total.new_empty(programs, 3, total.shape[-1], dtype=torch.float32)
     return total.new_empty(total.shape), of_product, parts, *_narrow_results(total, factor is not None)
 
 
@@ -220,7 +222,7 @@ norm_forward.register_autograd(_differentiate_norm, setup_context=_save_norm)
 
 @torch.library.custom_op("megatron_bert::biased_gelu", mutates_args=())
 def gelu_forward(product: Tensor, bias: Tensor, narrow: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The activated states, and with `narrow` the same in float8 (T, D), and their scales (T)."""
+    """The activated states, and with `narrow` the same in float8 (.., D), and their scales (T)."""
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
     product = product.contiguous()
@@ -245,7 +247,7 @@ def gelu_backward(
     grad: Tensor, product: Tensor, bias: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The product's gradient, (P, D) partial sums of the bias's, and with `factor` (D) the first times it in float8
-    (T, D), and its scales (T).
+    (.., D), and its scales (T).
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
@@ -294,7 +296,7 @@ gelu_forward.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
 
 @torch.library.custom_op("megatron_bert::cast_rows", mutates_args=())
 def cast_rows(states: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """States in float8 (T, D) and their scales (T). With `factor` (D), they are a gradient: the columns are multiplied
+    """States in float8 (.., D) and their scales (T). With `factor` (D), they are a gradient: the columns are multiplied
     by it first, and (P, D) partial sums are those of the columns before.
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
@@ -345,9 +347,8 @@ def _weight_results(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _narrow_results(states: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
     """Room for rows in float8 and their scales; none where they are not wanted."""
-    tokens, width = (states.numel() // states.shape[-1], states.shape[-1]) if narrow else (0, 0)
-    narrowed = states.new_empty(tokens, width, dtype=torch.float8_e4m3fn)
-    return narrowed, states.new_empty(tokens, dtype=torch.float32)
+    narrowed = states.new_empty(states.shape if narrow else (0,), dtype=torch.float8_e4m3fn)
+    return narrowed, states.new_empty(states.numel() // states.shape[-1] if narrow else 0, dtype=torch.float32)
 
 
 # --- the kernels' arguments
