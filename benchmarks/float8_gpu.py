@@ -3,20 +3,20 @@
     PYTHONPATH=src python benchmarks/float8_gpu.py [--sweep] [--tokens N]
 
 The four products of a layer, forward and for the gradient of the input: PFLOP/s at T x K x N, float8 with sums in full
-precision and fast ones, as `float8_products` uses them. Then the kernels with and without float8, milliseconds and the
-rate in TB/s of bytes that have to move. Median of 10 calls. `--sweep`
-times the kernels with other tiles, the fastest first.
+precision and fast ones, which `float8_products` has. Then the kernels with and without float8, milliseconds and the
+rate in TB/s of bytes that have to move. Median of 20 calls. `--sweep` times the kernels with other tiles, the fastest
+first.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from attention_gpu import milliseconds
 from torch import Tensor
 
 from megatron_bert.training import layer_kernels
@@ -35,9 +35,11 @@ WIDTHS = {"345m": 1024, "1.3b": 2048, "3.9b": 2560}
 DROPOUT = 0.1
 # elements of a program, of a warp, and where it goes on to further rows how many there are
 TILES = [(2048, 256), (4096, 256), (4096, 512), (8192, 512)]
+ONE_ROW = [(2048, 256), (2048, 512), (2048, 1024)]  # of 8,192 elements: 32, 16 and 8 warps
 WEIGHT_TILES = [(16, 256, 8), (16, 256, 4), (16, 128, 4), (32, 128, 8), (32, 256, 8)]  # outputs, inputs, warps
 NORM_AGAIN = [(*tile, programs) for tile in [(1024, 256), (2048, 256), (2048, 512)] for programs in (264, 528, 792)]
 AGAIN = [(*tile, programs) for tile in TILES[1:] for programs in (132, 264, 396, 528)]
+ONE_ROW_AGAIN = [(*tile, programs) for tile in ONE_ROW for programs in (132, 264, 396, 528)]
 
 
 def main() -> None:
@@ -57,7 +59,8 @@ def main() -> None:
         _casts(args.tokens, width)
     _weights(1024)
     if args.sweep:
-        _sweeps(args.tokens, 1024)
+        for width in (1024, 2048):
+            _sweeps(args.tokens, width)
 
 
 def _products(size: str, tokens: int, width: int) -> None:
@@ -74,7 +77,7 @@ def _products(size: str, tokens: int, width: int) -> None:
         calls: list[Callable[[], object]] = [lambda x=x, w=w: x @ w.t()]
         for fast in (False, True):
             calls.append(lambda fast=fast, a=(x8, scales, w8, w_scales, bias): scaled_product(*a, fast))
-        times = [_milliseconds(call) for call in calls]
+        times = [milliseconds(call) for call in calls]
         rates = " | ".join(f"{2 * tokens * inner * outer / time / 1e12:.3f}" for time in times)
         print(f"| {title} | {tokens} x {inner} x {outer} | {rates} | {times[0] / times[2]:.2f} |", flush=True)
 
@@ -139,7 +142,7 @@ def _cast_weights(groups: list[list[Tensor]]) -> None:
 
 def _row(title: str, call: Callable[[bool], object], plain: float, narrow: float) -> None:
     """A kernel without and with float8, and the gigabytes of each."""
-    times = [_milliseconds(lambda kind=kind: call(kind)) for kind in (False, True)]
+    times = [milliseconds(lambda kind=kind: call(kind)) for kind in (False, True)]
     cells = [f"{time:.3f} ({size / time:.2f})" for time, size in zip(times, (plain, narrow), strict=True)]
     print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
@@ -152,17 +155,19 @@ def _sweeps(tokens: int, width: int) -> None:
     arguments = (product, narrow, product, narrow, narrow, seed, 0, DROPOUT, 1e-12, True)
     total, normed, mean, rstd, *_ = norm_forward(*arguments)
     backward = (normed, normed, total, mean, rstd, narrow, seed, 0, DROPOUT, narrow)
-    _sweep("norm forward", layer_kernels._NORM_FORWARD, TILES, 9 * size, lambda: norm_forward(*arguments))
-    _sweep("norm backward", layer_kernels._NORM_BACKWARD_NARROW, NORM_AGAIN, 11 * size,
+    once, again = (TILES, AGAIN) if 4 * width <= 4096 else (ONE_ROW, ONE_ROW_AGAIN)
+    _sweep(f"norm forward, {width}", layer_kernels._NORM_FORWARD, TILES, 9 * size, lambda: norm_forward(*arguments))
+    _sweep(f"norm backward, {width}", layer_kernels._NORM_BACKWARD_NARROW, NORM_AGAIN, 11 * size,
            lambda: norm_backward(*backward)[2].sum(0))  # fmt: skip
-    _sweep("GELU forward", layer_kernels._GELU_FORWARD_NARROW, TILES, 20 * size,
+    _sweep(f"GELU forward, {4 * width}", layer_kernels._GELU_FORWARD_NARROW, once, 20 * size,
            lambda: gelu_forward(wide, vectors[0], True))  # fmt: skip
-    _sweep("GELU backward", layer_kernels._GELU_BACKWARD_NARROW, AGAIN, 28 * size,
+    _sweep(f"GELU backward, {4 * width}", layer_kernels._GELU_BACKWARD_NARROW, again, 28 * size,
            lambda: gelu_backward(wide, wide, *vectors)[1].sum(0))  # fmt: skip
-    _sweep("cast", layer_kernels._CAST, TILES, 3 * size, lambda: cast_rows(product))
-    _sweep("cast of a gradient", layer_kernels._CAST, AGAIN, 9 * size, lambda: cast_rows(joined, third)[2].sum(0))
+    _sweep(f"cast, {width}", layer_kernels._CAST, TILES, 3 * size, lambda: cast_rows(product))
+    _sweep(f"cast of a gradient, {3 * width}", layer_kernels._CAST, again, 9 * size,
+           lambda: cast_rows(joined, third)[2].sum(0))  # fmt: skip
     groups, names = _layer_weights(width), ("ROWS", "COLUMNS", "num_warps")
-    _sweep("casts of a layer's weights", layer_kernels._CAST_WEIGHT, WEIGHT_TILES, 72e-9 * width**2,
+    _sweep(f"casts of a layer's weights, {width}", layer_kernels._CAST_WEIGHT, WEIGHT_TILES, 72e-9 * width**2,
            lambda: _cast_weights(groups), names)  # fmt: skip
 
 
@@ -177,28 +182,15 @@ def _sweep(
     kept, times = dict(limits), {}
     for variant in variants:
         limits.update(dict(zip(names, variant, strict=False)))
-        times[variant] = _milliseconds(call)
+        times[variant] = milliseconds(call)
     limits.update(kept)
     print(f"\n{title}: {', '.join(names)}; now {tuple(kept.get(name) for name in names)}")
-    for variant, milliseconds in sorted(times.items(), key=lambda item: item[1])[:5]:
-        print(f"  {variant}: {milliseconds:.3f} ms, {gigabytes / milliseconds:.2f} TB/s", flush=True)
+    for variant, taken in sorted(times.items(), key=lambda item: item[1])[:5]:
+        print(f"  {variant}: {taken:.3f} ms, {gigabytes / taken:.2f} TB/s", flush=True)
 
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    for _ in range(2):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(10)]
-    torch.cuda._sleep(20_000_000)  # the device waits while the host queues: launches are not measured
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 if __name__ == "__main__":

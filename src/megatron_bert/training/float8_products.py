@@ -11,8 +11,9 @@ whole rows (`layer_kernels`), and a row of large numbers costs another nothing. 
 - Gradients of weights are products of bfloat16 operands, as in torchao's recipe `rowwise_with_gw_hp`: there the sum is
   over tokens, whose scales would not leave it either, and small gradients are not lost beside large ones.
 
-Hopper's tensor cores add 8-bit products up in some 14 bits (DeepSeek-V3, ibid.) unless told not to: forward they may,
-in gradients not, as in NVIDIA's Transformer Engine.
+Hopper's tensor cores add 8-bit products up in some 14 bits unless told not to, which costs a tenth to a quarter of the
+rate. Here they may, forward and in gradients, as in torchao's row-wise recipes; NVIDIA's Transformer Engine has it
+forward alone, and DeepSeek-V3 (ibid.) warns of it in long sums. A curve of 1,000 steps beside bfloat16's decides.
 
 T tokens, K inputs, N outputs of a product.
 """
@@ -38,7 +39,7 @@ from megatron_bert.training.layer_kernels import (
 
 __all__ = ["Rows", "Weight", "linear", "linear_gelu", "linear_residual_norm", "narrowed", "narrowed_weight"]
 
-_FAST_FORWARD, _FAST_GRADIENT = True, False
+_FAST_SUMS = True
 
 
 class Rows(NamedTuple):
@@ -110,7 +111,7 @@ class _Linear(torch.autograd.Function):
         bias: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(states, transposed, weight_scales)
-        product: Tensor = scaled_product(values, scales, weight, weight_scales, bias.to(torch.bfloat16), _FAST_FORWARD)
+        product: Tensor = scaled_product(values, scales, weight, weight_scales, bias.to(torch.bfloat16), _FAST_SUMS)
         return product
 
     @staticmethod
@@ -134,7 +135,7 @@ class _LinearGelu(torch.autograd.Function):
         weight_scales: Tensor,
         bias: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        product = scaled_product(values, scales, weight, weight_scales, None, _FAST_FORWARD)
+        product = scaled_product(values, scales, weight, weight_scales, None, _FAST_SUMS)
         activated, new_values, new_scales = gelu_forward(product, bias, True)
         ctx.save_for_backward(states, transposed, weight_scales, product, bias)
         ctx.mark_non_differentiable(new_values, new_scales)
@@ -168,7 +169,7 @@ class _LinearResidualNorm(torch.autograd.Function):
         dropout: float,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        product = scaled_product(values, scales, weight, weight_scales, None, _FAST_FORWARD)
+        product = scaled_product(values, scales, weight, weight_scales, None, _FAST_SUMS)
         total, normed, mean, rstd, new_values, new_scales = norm_forward(
             product, bias, residual, norm_weight, norm_bias, seed, site, dropout, eps, True
         )
@@ -197,7 +198,7 @@ def _gradients(
     grad: Tensor, values: Tensor, scales: Tensor, states: Tensor, transposed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of the states and, float32, of the weight, for the product's gradient: (.., N), and narrowed."""
-    of_states: Tensor = scaled_product(values, scales, transposed, None, None, _FAST_GRADIENT)
+    of_states: Tensor = scaled_product(values, scales, transposed, None, None, _FAST_SUMS)
     of_weight = grad.flatten(0, -2).t() @ states.flatten(0, -2)
     return of_states, of_weight.float()
 

@@ -42,11 +42,11 @@ _GELU_FORWARD = {"ROWS": 4, "COLUMNS": 256, "num_warps": 4}
 _GELU_BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4, "programs": 1056, "STAGES": 1}
 # With float8, a program of the activation has whole rows, too. A multiprocessor's registers hold two to six of these.
 _NORM_BACKWARD_NARROW = {"elements": 1024, "warp_elements": 256, "programs": 792, "STAGES": 1}
-_GELU_FORWARD_NARROW = {"elements": 4096, "warp_elements": 256}
+_GELU_FORWARD_NARROW = {"elements": 2048, "warp_elements": 256}
 _GELU_BACKWARD_NARROW = {"elements": 4096, "warp_elements": 256, "programs": 264, "STAGES": 1}
 _CAST = {"elements": 4096, "warp_elements": 256, "programs": 396, "STAGES": 1}
 _CAST_WEIGHT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 8}
-_MOST_WARPS = 16
+_MOST_WARPS = 16 if torch.version.hip else 32  # 1,024 threads
 
 
 def can_drop(dropout: float) -> bool:
@@ -134,7 +134,7 @@ def _norm_results(
     return total, normed, mean, rstd, *_narrow_results(product, narrow)
 
 
-@torch.library.custom_op("megatron_bert::residualnorm_backward", mutates_args=())
+@torch.library.custom_op("megatron_bert::residual_norm_backward", mutates_args=())
 def norm_backward(
     grad_total: Tensor | None,
     grad_normed: Tensor,
@@ -355,10 +355,14 @@ def _narrow_results(states: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
 
 
 def _row_tile(width: int, limits: dict[str, int], columns: str = "WIDTH") -> dict[str, int]:
-    """Whole rows, as many as fit; `columns` is what the kernel calls the power of two that they fit in."""
+    """Whole rows, as many as fit; `columns` is what the kernel calls the power of two that they fit in.
+
+    As many threads as there can be have 64 registers each, which hold 8 elements: rows of more have half as many.
+    """
     padded = 1 << (width - 1).bit_length()
     rows = max(1, limits["elements"] // padded)
-    warps = min(_MOST_WARPS, max(1, rows * padded // limits["warp_elements"]))
+    most = _MOST_WARPS if rows * padded <= 8 * 1024 else 16
+    warps = min(most, max(1, rows * padded // limits["warp_elements"]))
     return {"D": width, columns: padded, "ROWS": rows, "num_warps": warps}
 
 

@@ -167,8 +167,12 @@ def cast_weight(
     WEIGHT, VALUES, TRANSPOSED, SCALES, outputs, together,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A weight (outputs, D) in float8, and its transpose, whose rows are of `together` outputs. The second time that a
-    program reads its rows, they are still in a cache.
+    """A weight (outputs, D) in float8, and its transpose, whose rows are of `together` outputs. Where a program reads
+    its rows again, they are still in a cache.
+
+    What is transposed is read and converted once more. Of a conversion whose result is both stored in words and taken
+    apart into bytes, as 8-bit numbers are on the way to another layout, ptxas 12.8 (Triton 3.6, sm_90) takes every
+    second pair's upper byte from the turn of the loop before.
     """
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
@@ -178,14 +182,16 @@ def cast_weight(
         largest = tl.maximum(largest, tl.abs(tl.load(WEIGHT + at + start, mask=ok, other=0.0).to(tl.float32)))
     scale = _scale_of(tl.max(largest, 1))
     tl.store(SCALES + rows, scale, mask=rows < outputs)
-    inverse = (1.0 / scale)[:, None]
+    inverse = 1.0 / scale
     for start in range(0, D, COLUMNS):
-        ok = (rows < outputs)[:, None] & (start + columns < D)[None, :]
+        inputs = start + columns
+        ok = (rows < outputs)[:, None] & (inputs < D)[None, :]
         weight = tl.load(WEIGHT + at + start, mask=ok, other=0.0).to(tl.float32)
-        narrowed = (weight * inverse).to(VALUES.dtype.element_ty)
-        tl.store(VALUES + at + start, narrowed, mask=ok)
-        across = (start + columns).to(tl.int64)[:, None] * together + rows[None, :]
-        tl.store(TRANSPOSED + across, tl.trans(narrowed), mask=tl.trans(ok))
+        tl.store(VALUES + at + start, (weight * inverse[:, None]).to(VALUES.dtype.element_ty), mask=ok)
+        ok = (inputs < D)[:, None] & (rows < outputs)[None, :]
+        turned = tl.load(WEIGHT + rows.to(tl.int64)[None, :] * D + inputs[:, None], mask=ok, other=0.0).to(tl.float32)
+        across = inputs.to(tl.int64)[:, None] * together + rows[None, :]
+        tl.store(TRANSPOSED + across, (turned * inverse[None, :]).to(TRANSPOSED.dtype.element_ty), mask=ok)
 
 
 @triton.jit
