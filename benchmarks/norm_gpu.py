@@ -106,15 +106,15 @@ def _sweep_norm(tokens: int, width: int) -> None:
     product, bias, residual, weight, shift = (states.detach() for states in _norm_inputs(tokens, width))
     seed = drawn_seed(product.device)
     arguments = (product, bias, residual, weight, shift, seed, 0, DROPOUT, 1e-12)
-    total, normed, mean, rstd = layer_kernels._norm_forward(*arguments)
+    total, normed, mean, rstd, *_ = layer_kernels.norm_forward(*arguments)
 
     def backward() -> Tensor:
-        return layer_kernels._norm_backward(residual, normed, total, mean, rstd, weight, seed, 0, DROPOUT)[2].sum(0)
+        return layer_kernels.norm_backward(residual, normed, total, mean, rstd, weight, seed, 0, DROPOUT)[2].sum(0)
 
     names = ("elements", "warp_elements", "programs", "STAGES")
     title, size = f"{tokens} x {width}", product.nbytes / 1e9
     _sweep(f"norm forward {title}", layer_kernels._NORM_FORWARD, names[:2], NORM_FORWARD, 4 * size,
-           lambda: layer_kernels._norm_forward(*arguments))  # fmt: skip
+           lambda: layer_kernels.norm_forward(*arguments))  # fmt: skip
     _sweep(f"norm backward {title}", layer_kernels._NORM_BACKWARD, names, NORM_BACKWARD, 5 * size, backward)
 
 
@@ -124,9 +124,9 @@ def _sweep_gelu(tokens: int, width: int) -> None:
     names = ("ROWS", "COLUMNS", "num_warps", "programs", "STAGES")
     title, size = f"{tokens} x {width}", product.nbytes / 1e9
     _sweep(f"GELU forward {title}", layer_kernels._GELU_FORWARD, names[:3], GELU_FORWARD, 2 * size,
-           lambda: layer_kernels._gelu_forward(product, bias))  # fmt: skip
+           lambda: layer_kernels.gelu_forward(product, bias))  # fmt: skip
     _sweep(f"GELU backward {title}", layer_kernels._GELU_BACKWARD, names, GELU_BACKWARD, 3 * size,
-           lambda: layer_kernels._gelu_backward(grad, product, bias)[1].sum(0))  # fmt: skip
+           lambda: layer_kernels.gelu_backward(grad, product, bias)[1].sum(0))  # fmt: skip
 
 
 def _sweep(

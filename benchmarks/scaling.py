@@ -129,6 +129,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: gloo ranks, tiny shapes")
     parser.add_argument("--gpu", default="h100", help="whose numbers to predict with")
     parser.add_argument("--steps", type=int, default=10, help="that are timed, or whose losses are compared")
+    parser.add_argument("--without-graphs", action="store_true", help="passes are not recorded as CUDA graphs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument(
@@ -151,6 +152,7 @@ def _launched(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any
                  "--steps", str(args.steps)]  # fmt: skip
         if args.trace:
             words += ["--trace", str(args.trace.resolve())]
+        words += ["--without-graphs"] * args.without_graphs
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cases[0].gpus),
              __file__, *words], check=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -219,7 +221,7 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     objective = build_objective(
         network, device, precision="bfloat16" if device.type == "cuda" else "float32", rows=layout.micro_rows,
         row_tokens=case.row_tokens, predicted_share=job.predicted_share, recompute=case.recompute,
-        compiled=device.type == "cuda", mesh=ranks.mesh,
+        compiled=device.type == "cuda", mesh=ranks.mesh, cuda_graphs=not args.without_graphs,
     )  # fmt: skip
     torch.manual_seed(ranks.stream_seed(1))
     materialize(network, device)

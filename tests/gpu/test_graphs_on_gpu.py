@@ -95,9 +95,8 @@ def test_batches_that_need_more_room_are_recorded_anew() -> None:
 def with_more_room(objective: Any, wants: Any, one: Any) -> Any:
     """A micro-batch; that of one batch with more room for predictions."""
     micro, more = type(objective).micro_batch(objective, one), 128 if one is wants else 0
-    positions, targets = (functional.pad(*what) for what in ((micro.positions, (0, more)),
-                                                             (micro.targets, (0, more), "constant", IGNORED)))  # fmt: skip
-    return replace(micro, positions=positions, targets=targets)
+    targets = functional.pad(micro.targets, (0, more), value=IGNORED)
+    return replace(micro, positions=functional.pad(micro.positions, (0, more)), targets=targets)
 
 
 def test_where_nothing_can_be_recorded_training_goes_on(
@@ -127,7 +126,7 @@ def test_every_head(head: Any, problem: Any, num_labels: int) -> None:
     for cuda_graphs in (False, True):
         torch.manual_seed(0)
         network = HEADS[head](MegatronBertConfig(**shape, num_labels=num_labels, problem_type=problem)).train().to(CUDA)
-        make_ready(network, CUDA, precision="bfloat16", row_tokens=64, compiled=True)
+        make_ready(network, CUDA, precision="bfloat16", compiled=True)
         objective = SupervisedObjective(
             network, CUDA, head, problem, "bfloat16", FixedShapes(1, 64, 0.0, 12),
             graphs=PassGraphs(CUDA) if cuda_graphs else None,

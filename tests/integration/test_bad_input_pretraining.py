@@ -151,7 +151,7 @@ def foreign_with_large_ids(folder: Path) -> None:
         (None, ["data.tokenizer=nowhere"], "nowhere"),
         (None, ["data.validation_share=0.999"], "takes all 40 documents and leaves none to train on"),
         (None, ["runtime.device=gpu"], "runtime.device 'gpu' is not a device"),
-        (None, ["training.precision=float8", "runtime.device=cpu"], "float8 needs a GPU of compute capability 8.9"),
+        (None, ["training.precision=float8", "runtime.device=cpu"], "float8 needs a GPU of compute capability 9.0"),
         (lambda f: replace(f / "text.idx", b"x" * 99), [], "text.idx is not an index in Megatron-LM's"),
         (lambda f: replace(f / "text.bin", (f / "text.bin").read_bytes()[:100]), [], "text.bin is truncated"),
         (lambda f: replace(f / "text.idx", (f / "text.idx").read_bytes()[:100]), [], "text.idx is truncated"),

@@ -7,7 +7,7 @@ import torch
 
 from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.training import layer_kernels
-from megatron_bert.training.fused_layers import can_be_fused, compile_fused_layers
+from megatron_bert.training.fused_layers import BFLOAT16, can_be_fused, walk_layers
 from megatron_bert.training.microbatch import FixedShapes, MicroBatch
 from megatron_bert.training.objective import Objective
 from tests.unit.test_training_parts import batch
@@ -23,10 +23,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model(dropout: float = 0.0, **settings: object) -> MegatronBertForPreTraining:
     torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, **settings}
     config = MegatronBertConfig(
-        vocab_size=128, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40,
-        max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
-        initializer_range=0.2, **settings,
+        vocab_size=128, num_hidden_layers=3, max_position_embeddings=64, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0, initializer_range=0.2, **shape,
     )  # fmt: skip
     return MegatronBertForPreTraining(config).train()
 
@@ -43,7 +43,7 @@ def test_a_step_is_the_ordinary_one(precision: str) -> None:
     ordinary = model()
     network = copy.deepcopy(ordinary)
     assert can_be_fused(network)
-    compile_fused_layers(network, 2, backend="aot_eager", fullgraph=True)
+    walk_layers(network, 2, BFLOAT16, backend="aot_eager", fullgraph=True)
     losses = [loss_of(one, precision) for one in (ordinary, network)]
     for loss in losses:
         loss.backward()
@@ -60,7 +60,7 @@ def test_dropout_is_that_of_the_generator_and_its_gradient_that_of_its_mask() ->
     torch._dynamo.reset()
     network = model(dropout=0.3)
     network.bert.embeddings.dropout.p = 0.0
-    compile_fused_layers(network, 2, backend="aot_eager", fullgraph=True)
+    walk_layers(network, 2, BFLOAT16, backend="aot_eager", fullgraph=True)
 
     def loss(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

@@ -127,5 +127,5 @@ def test_operators_are_registered_well() -> None:
     arguments = [states.requires_grad_() for states in (product, bias, residual, weight, shift)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     seed = torch.tensor([5])
-    torch.library.opcheck(layer_kernels._norm_forward, (*arguments, seed, 1, 0.1, 1e-5), test_utils=tests)
-    torch.library.opcheck(layer_kernels._gelu_forward, (product, bias), test_utils=tests)
+    torch.library.opcheck(layer_kernels.norm_forward, (*arguments, seed, 1, 0.1, 1e-5), test_utils=tests)
+    torch.library.opcheck(layer_kernels.gelu_forward, (product, bias), test_utils=tests)

@@ -222,7 +222,6 @@ class RunSetup:
             network,
             inputs.device,
             precision=self.training.precision,
-            row_tokens=self.batches.row_tokens,
             recompute=configuration.runtime.recompute,
             compiled=compiled,
             mesh=inputs.ranks.mesh,

@@ -290,9 +290,15 @@ class PretrainConfiguration(Section):
         return self
 
     @model_validator(mode="after")
-    def _float8_is_not_split(self) -> Self:
-        if self.training.precision == "float8" and self.mesh.tensor > 1:
-            raise ValueError("training.precision float8 does not go with mesh.tensor: shard instead, or use bfloat16")
+    def _float8_is_of_whole_layers(self) -> Self:
+        shares = {
+            "mesh.tensor": self.mesh.tensor > 1,
+            "mesh.shard": (self.mesh.shard or 1) > 1,
+            "runtime.recompute full": self.runtime.recompute == "full",
+        }
+        refused = [name for name, is_set in shares.items() if is_set]
+        if self.training.precision == "float8" and refused:
+            raise ValueError(f"training.precision float8 does not go with {refused[0]}: leave it out, or use bfloat16")
         return self
 
 

@@ -23,8 +23,9 @@ from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.planning.layout import Recompute
-from megatron_bert.training import fused_layers
-from megatron_bert.training.float8 import convert_layers, fuse_float8_projections
+from megatron_bert.training.float8 import check_layers
+from megatron_bert.training.float8_layers import walk_layers_in_float8
+from megatron_bert.training.fused_layers import BFLOAT16, can_be_fused, walk_layers
 from megatron_bert.training.graphs import PassGraphs
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.objective import Objective, TokenLosses, token_losses
@@ -75,7 +76,6 @@ def build_objective(
         model,
         device,
         precision=precision,
-        row_tokens=row_tokens,
         recompute=recompute,
         compiled=compiled,
         mesh=mesh,
@@ -99,7 +99,6 @@ def make_ready(
     device: torch.device,
     *,
     precision: str,
-    row_tokens: int,
     recompute: Recompute = "none",
     compiled: bool = False,
     mesh: ParallelMesh | None = None,
@@ -116,7 +115,7 @@ def make_ready(
     """
     has_hooks = recompute == "full" or (mesh is not None and mesh.is_sharded)  # around each layer
     together = 1 if has_hooks else _LAYERS_TOGETHER
-    # Not where something is put around or into a layer. In float8 a compiler fuses casts into what our kernels do.
+    # Not where something is put around or into a layer.
     is_whole = fused and not has_hooks and (mesh is None or mesh.tensor_degree == 1)
     may_walk = _OWN_KERNELS and is_whole and device.type == "cuda" and precision == "bfloat16"
 
@@ -124,13 +123,14 @@ def make_ready(
         if precision != "float32":
             _residuals_in(torch.bfloat16, model)
         if precision == "float8":
-            convert_layers(model, pads=not compiled or row_tokens % 16 != 0)
-            fuse_float8_projections(model)
+            check_layers(model, is_whole=is_whole)
         elif device.type == "cuda" and fused and not (mesh and mesh.overlap):  # whose layers do so themselves
             fuse_projections(model)
         recompute_activations(model, "selective" if recompute == "selective" else "none")
-        if compiled and may_walk and fused_layers.can_be_fused(model):
-            fused_layers.compile_fused_layers(model, together)
+        if precision == "float8":
+            walk_layers_in_float8(model, together, compiled=compiled)
+        elif compiled and may_walk and can_be_fused(model):
+            walk_layers(model, together, BFLOAT16)
         elif compiled:
             _compile_layers(model, together)
         recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled

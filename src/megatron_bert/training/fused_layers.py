@@ -3,12 +3,15 @@
 A layer is written as two halves that begin with a norm (`model/layers.py`). Between two products lie the end of one
 half and the beginning of the next: bias, dropout, residual and norm, which are one operator here. So what goes from
 layer to layer is the residual path and its norm. Weights, names and, up to rounding, what is computed stay the same.
+In float8 (`float8_layers`) the products are steps of the walk, too.
 
 T tokens (or B, S), D hidden, F feed-forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +22,27 @@ from transformers.activations import GELUActivation
 from megatron_bert.model.linear import Linear
 from megatron_bert.training.layer_kernels import biased_gelu, can_drop, drawn_seed, residual_norm
 
-__all__ = ["can_be_fused", "compile_fused_layers"]
+__all__ = ["BFLOAT16", "Steps", "can_be_fused", "dropout_of", "walk_layers"]
 
 _WIDEST = 8192  # a row is in a program's registers
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the walk is made of, in a number type. What follows a norm or an activation is called rows here: states, and
+    what else a product makes use of.
+
+    Attributes:
+        first: norm, states -> rows.
+        activated: dense, rows -> rows.
+        joined: half, states or rows, residual, norm, seed, site -> residual, rows. See `_joined`.
+        states: rows -> states.
+    """
+
+    first: Callable[..., Any]
+    activated: Callable[..., Any]
+    joined: Callable[..., tuple[Tensor, Any]]
+    states: Callable[[Any], Tensor]
 
 
 def can_be_fused(model: Any) -> bool:
@@ -46,61 +67,80 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
-def compile_fused_layers(model: Any, together: int, **options: Any) -> None:
-    """Has the encoder walk its layers so, `together` of them at a time compiled by the same code.
+def walk_layers(model: Any, together: int, steps: Steps, *, compiled: bool = True, **options: Any) -> None:
+    """Has the encoder walk its layers so, `together` of them at a time, compiled by the same code.
 
     Args:
         options: for `torch.compile`.
     """
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        return _run_layers(steps, *args, **kwargs)
+
+    first: Callable[..., Any] = steps.first
+    if compiled:
+        first, run = (torch.compile(function, dynamic=False, **options) for function in (first, run))
     encoder = model.bert.encoder
     ordinary, layers = encoder.forward, list(encoder.layer)
     following = [layer.attention.ln for layer in layers[1:]] + [encoder.ln]
-    norm: Any = torch.compile(_norm, dynamic=False, **options)
-    run: Any = torch.compile(_run_layers, dynamic=False, **options)
     groups = [(layers[at : at + together], following[at : at + together]) for at in range(0, len(layers), together)]
 
     def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *others: Any, **kwargs: Any) -> Tensor:
         if any(other is not None for other in others):  # cross-attention, a cache
             result: Tensor = ordinary(hidden_states, attention_mask, *others, **kwargs)
             return result
-        normed: Tensor = norm(layers[0].attention.ln, hidden_states)
+        rows = first(layers[0].attention.ln, hidden_states)
         for group, norms in groups:
-            hidden_states, normed = run(group, norms, hidden_states, normed, attention_mask, **kwargs)
-        return normed
+            hidden_states, rows = run(group, norms, hidden_states, rows, attention_mask, **kwargs)
+        return steps.states(rows)
 
     encoder.forward = forward
 
 
-def _norm(norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
+def _run_layers(
+    steps: Steps, layers: list[Any], norms: list[nn.LayerNorm], residual: Tensor, rows: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The residual path (.., D) after these layers, and its norm by the last of `norms`: what follows each layer."""
+    has_dropout = any(dropout_of(half) > 0.0 for layer in layers for half in (layer.attention.output, layer.output))
+    seed = drawn_seed(residual.device) if has_dropout else None
+    for number, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
+        context, _ = layer.attention.self(rows, *args, **kwargs)
+        residual, rows = steps.joined(layer.attention.output, context, residual, layer.ln, seed, 2 * number)
+        rows = steps.activated(layer.intermediate.dense, rows)
+        residual, rows = steps.joined(layer.output, rows, residual, norm, seed, 2 * number + 1)
+    return residual, rows
+
+
+def dropout_of(half: Any) -> float:
+    """Of the end of a layer's half; none where it is evaluated."""
+    return float(half.dropout.p) if half.training else 0.0
+
+
+# --- in bfloat16
+
+
+def _first(norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
     normed: Tensor = norm(hidden_states)
     return normed.to(hidden_states.dtype)  # autocast has widened it
 
 
-def _run_layers(
-    layers: list[Any], norms: list[nn.LayerNorm], residual: Tensor, normed: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """The residual path (.., D) after these layers, and its norm by the last of `norms`: what follows each layer."""
-    has_dropout = any(_dropout(half) > 0.0 for layer in layers for half in (layer.attention.output, layer.output))
-    seed = drawn_seed(residual.device) if has_dropout else None
-    for number, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
-        context, _ = layer.attention.self(normed, *args, **kwargs)
-        residual, normed = _joined(layer.attention.output, context, residual, layer.ln, seed, 2 * number)
-        dense = layer.intermediate.dense
-        activated = biased_gelu(functional.linear(normed, dense.weight), dense.bias)
-        residual, normed = _joined(layer.output, activated, residual, norm, seed, 2 * number + 1)
-    return residual, normed
+def _activated(dense: Any, normed: Tensor) -> Tensor:
+    return biased_gelu(functional.linear(normed, dense.weight), dense.bias)
 
 
 def _joined(
     half: Any, states: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int
 ) -> tuple[Tensor, Tensor]:
     """The end of a layer's half, whose states come back into the residual path, and the next half's norm."""
-    product, dropout = functional.linear(states, half.dense.weight), _dropout(half)
+    product, dropout = functional.linear(states, half.dense.weight), dropout_of(half)
     return residual_norm(
         product, half.dense.bias, residual, norm.weight, norm.bias,
         eps=norm.eps, dropout=dropout, seed=seed if dropout > 0.0 else None, site=site,
     )  # fmt: skip
 
 
-def _dropout(half: Any) -> float:
-    return float(half.dropout.p) if half.training else 0.0
+def _themselves(normed: Tensor) -> Tensor:
+    return normed
+
+
+BFLOAT16 = Steps(_first, _activated, _joined, _themselves)

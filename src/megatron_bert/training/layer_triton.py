@@ -7,6 +7,9 @@ Everything is computed in float32.
 Dropout draws a byte an element, as the attention kernel does (`attention_triton`): four neighbours share a number, a
 hash of their place with two keys, which Philox makes from the seed and the site, one of several that share a seed.
 
+With NARROW, a program also has whole rows of what is a product's operand next, and writes them in float8: NARROWED, and
+SCALES, one a row. Of gradients that is each column times its FACTOR first; see `float8_products`.
+
 T tokens, D width, P programs.
 """
 
@@ -20,8 +23,10 @@ from megatron_bert.model.attention_triton import _flags, _is_kept
 
 @triton.jit(do_not_specialize=["site"])
 def norm_forward(
-    PRODUCT, BIAS, RESIDUAL, WEIGHT, SHIFT, SEED, SUM, NORMED, MEAN, RSTD, tokens, site, addend, inverse_keep, eps,
+    PRODUCT, BIAS, RESIDUAL, WEIGHT, SHIFT, SEED, SUM, NORMED, MEAN, RSTD, NARROWED, SCALES,
+    tokens, site, addend, inverse_keep, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, DROP: tl.constexpr, PACKED: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """SUM = RESIDUAL + dropout(PRODUCT + BIAS) and NORMED, its layer norm; WIDTH is the power of two that D fits in."""
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -39,16 +44,18 @@ def norm_forward(
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
     normed = centred * rstd[:, None] * _of_columns(WEIGHT, columns, D) + _of_columns(SHIFT, columns, D)
     tl.store(NORMED + at, normed.to(NORMED.dtype.element_ty), mask=ok)
+    if NARROW:
+        _store_narrowed(NARROWED, SCALES, normed, at, rows, ok, tokens)
     tl.store(MEAN + rows, mean, mask=rows < tokens)
     tl.store(RSTD + rows, rstd, mask=rows < tokens)
 
 
 @triton.jit(do_not_specialize=["site"])
 def norm_backward(
-    GRAD_SUM, GRAD_NORMED, SUM, MEAN, RSTD, WEIGHT, SEED, GRAD_RESIDUAL, GRAD_PRODUCT, PARTS,
+    GRAD_SUM, GRAD_NORMED, SUM, MEAN, RSTD, WEIGHT, SEED, FACTOR, GRAD_RESIDUAL, GRAD_PRODUCT, PARTS, NARROWED, SCALES,
     tokens, site, addend, inverse_keep,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, HAS_GRAD_SUM: tl.constexpr,
-    DROP: tl.constexpr, PACKED: tl.constexpr,
+    DROP: tl.constexpr, PACKED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the residual and, if there is dropout, of the product; PARTS (P, 3, D): of weight, shift, bias.
 
@@ -83,6 +90,8 @@ def norm_backward(
             grad = tl.where(_kept(SEED, site, rows, columns, addend, D, PACKED), grad * inverse_keep, 0.0)
             tl.store(GRAD_PRODUCT + at, grad.to(GRAD_PRODUCT.dtype.element_ty), mask=ok)
         of_bias += tl.sum(tl.where(ok, grad, 0.0), 0)
+        if NARROW:
+            _store_narrowed(NARROWED, SCALES, grad * _of_columns(FACTOR, columns, D), at, rows, ok, tokens)
     PARTS += tl.program_id(0) * 3 * D + columns
     tl.store(PARTS, of_weight, mask=columns < D)
     tl.store(PARTS + D, of_shift, mask=columns < D)
@@ -91,8 +100,8 @@ def norm_backward(
 
 @triton.jit
 def gelu_forward(
-    PRODUCT, BIAS, ACTIVATED, tokens,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr,
+    PRODUCT, BIAS, ACTIVATED, NARROWED, SCALES, tokens,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """ACTIVATED = gelu(PRODUCT + BIAS), gelu(x) = x / 2 (1 + erf(x / sqrt(2))) (arXiv 1606.08415)."""
     strips: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -104,12 +113,15 @@ def gelu_forward(
     distribution, _ = _normal(states, PACKED)
     activated = states * distribution
     tl.store(ACTIVATED + at, activated.to(ACTIVATED.dtype.element_ty), mask=ok)
+    if NARROW:
+        _store_narrowed(NARROWED, SCALES, activated, at, rows, ok, tokens)
 
 
 @triton.jit
 def gelu_backward(
-    GRAD, PRODUCT, BIAS, GRAD_PRODUCT, PARTS, tokens,
+    GRAD, PRODUCT, BIAS, FACTOR, GRAD_PRODUCT, PARTS, NARROWED, SCALES, tokens,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PACKED: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the product, and PARTS (P, D), of the bias."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -124,7 +136,71 @@ def gelu_backward(
         grad = tl.load(GRAD + at, mask=ok, other=0.0).to(tl.float32) * (distribution + states * density)
         tl.store(GRAD_PRODUCT + at, grad.to(GRAD_PRODUCT.dtype.element_ty), mask=ok)
         of_bias += grad
+        if NARROW:
+            _store_narrowed(NARROWED, SCALES, grad * _of_columns(FACTOR, columns, D), at, rows, ok, tokens)
     tl.store(PARTS + tl.program_id(1) * D + columns, tl.sum(of_bias, 0), mask=columns < D)
+
+
+@triton.jit
+def cast_rows(
+    STATES, FACTOR, PARTS, NARROWED, SCALES, tokens,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, IS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """What no kernel here wrote, in float8. Of a gradient: times FACTOR, and PARTS (P, D), its columns' sums before."""
+    columns = tl.arange(0, WIDTH)
+    sums = tl.zeros((WIDTH,), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = tile * ROWS + tl.arange(0, ROWS)
+        ok = (rows < tokens)[:, None] & (columns < D)[None, :]
+        at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        states = tl.load(STATES + at, mask=ok, other=0.0).to(tl.float32)
+        if IS_GRADIENT:
+            sums += tl.sum(states, 0)
+            states *= _of_columns(FACTOR, columns, D)
+        _store_narrowed(NARROWED, SCALES, states, at, rows, ok, tokens)
+    if IS_GRADIENT:
+        tl.store(PARTS + tl.program_id(0) * D + columns, sums, mask=columns < D)
+
+
+@triton.jit
+def cast_weight(
+    WEIGHT, VALUES, TRANSPOSED, SCALES, outputs, together,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A weight (outputs, D) in float8, and its transpose, whose rows are of `together` outputs. Where a program reads
+    its rows again, they are still in a cache.
+
+    What is transposed is read and converted once more. Of a conversion whose result is both stored in words and taken
+    apart into bytes, as 8-bit numbers are on the way to another layout, ptxas 12.8 (Triton 3.6, sm_90) takes every
+    second pair's upper byte from the turn of the loop before.
+    """
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, D, COLUMNS):
+        ok = (rows < outputs)[:, None] & (start + columns < D)[None, :]
+        largest = tl.maximum(largest, tl.abs(tl.load(WEIGHT + at + start, mask=ok, other=0.0).to(tl.float32)))
+    scale = _scale_of(tl.max(largest, 1))
+    tl.store(SCALES + rows, scale, mask=rows < outputs)
+    inverse = 1.0 / scale
+    for start in range(0, D, COLUMNS):
+        inputs = start + columns
+        ok = (rows < outputs)[:, None] & (inputs < D)[None, :]
+        weight = tl.load(WEIGHT + at + start, mask=ok, other=0.0).to(tl.float32)
+        tl.store(VALUES + at + start, (weight * inverse[:, None]).to(VALUES.dtype.element_ty), mask=ok)
+        ok = (inputs < D)[:, None] & (rows < outputs)[None, :]
+        turned = tl.load(WEIGHT + rows.to(tl.int64)[None, :] * D + inputs[:, None], mask=ok, other=0.0).to(tl.float32)
+        across = inputs.to(tl.int64)[:, None] * together + rows[None, :]
+        tl.store(TRANSPOSED + across, (turned * inverse[None, :]).to(TRANSPOSED.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _store_narrowed(NARROWED, SCALES, states, at, rows, ok, tokens):
+    """Rows in e4m3, and what they are to be multiplied by."""
+    states = tl.where(ok, states, 0.0)
+    scale = _scale_of(tl.max(tl.abs(states), 1))
+    tl.store(NARROWED + at, (states * (1.0 / scale)[:, None]).to(NARROWED.dtype.element_ty), mask=ok)
+    tl.store(SCALES + rows, scale, mask=rows < tokens)
 
 
 @triton.jit
@@ -165,3 +241,11 @@ def _kept(SEED, site, rows, columns, addend, D: tl.constexpr, PACKED: tl.constex
     counter = (rows * ((D + 3) // 4))[:, None] + (columns >> 2)[None, :]
     flags = _flags(counter ^ first.to(tl.uint32), second.to(tl.uint32), addend, PACKED)
     return _is_kept(flags, ((columns & 3) << 3)[None, :])
+
+
+@triton.jit
+def _scale_of(largest):
+    """Such that the largest magnitude becomes 448, e4m3's (arXiv 2209.05433, sections 3 and 4). A row of zeros has one,
+    too: the least, which no gradient that counts gets near.
+    """
+    return tl.maximum(largest, 1e-30) * 0.002232142857142857

@@ -27,7 +27,7 @@ from megatron_bert.parallel.materialize import initialize, materialize
 from megatron_bert.training.configuration import OptimizerSection, PretrainConfiguration
 from megatron_bert.training.corpus import Corpus, open_corpus
 from megatron_bert.training.execution import build_objective, should_compile
-from megatron_bert.training.float8 import check_float8
+from megatron_bert.training.float8 import check_device
 from megatron_bert.training.network import Network, empty_network, fill_network, network_config
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import build_optimizer
@@ -157,7 +157,7 @@ def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
     """
     ranks = agreed(lambda: Ranks.of(configuration.mesh, device))
     if configuration.training.precision == "float8":
-        agreed(lambda: check_float8(device))
+        agreed(lambda: check_device(device))
     if ranks.mesh is not None:
         check_agreement(facts(configuration))
     tokenizer = agreed(lambda: load_tokenizer(configuration.data.tokenizer))
