@@ -87,6 +87,8 @@ class PassStreams:
 
     def set(self) -> None:
         """Before each replay."""
+        if not self.generators:
+            return
         seed, offset = _cuda_state(_default_generator(self.device).get_state())
         for (rank, distance), generator in zip(self.regions, self.generators, strict=True):
             generator.manual_seed(key(struct.pack(_CUDA_STATE, seed, offset + distance), rank))

@@ -88,30 +88,35 @@ class PassGraphs:
 
     def _record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> _Recorded:
         """Nothing is computed yet. The very first pass gives gradients their memory."""
-        static, streams, gradients = batch.to(objective.device), self._streams[key], list(self._gradients.values())
-        self._put_gradients()
+        static, streams = batch.to(objective.device), self._streams[key]
         own_numbers = [number.clone() for number in numbers]
+        self._put_gradients()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Of this thread only: others go on to read batches and write checkpoints.
         with streams.recording(graph), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            if key[0] and gradients:
-                torch._foreach_zero_(gradients)
-            losses = objective(static)
-            objective.mean(losses, own_numbers).backward()
-            losses = _detached(losses)
-        self._gradients = {one: one.grad for one in objective.model.parameters() if one.grad is not None}
+            losses = self._pass(objective, static, own_numbers, is_first=key[0])
+        gradients = {one: one.grad for one in objective.model.parameters() if one.grad is not None}
+        if self._gradients and gradients.keys() != self._gradients.keys():
+            raise RuntimeError("passes are of different parameters")
+        self._gradients = gradients
         return _Recorded(graph, static.tensors(), own_numbers, losses, streams)
+
+    def _pass(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
+        if is_first and self._gradients:
+            torch._foreach_zero_(list(self._gradients.values()))
+        losses = objective(batch)
+        objective.mean(losses, numbers).backward()
+        return _detached(losses)
 
     def _put_gradients(self) -> None:
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
 
     def _replayed(self, recorded: _Recorded, batch: LaidOut, numbers: Sequence[Any], is_first: bool) -> Any:
-        for name, value in batch.tensors().items():
-            recorded.inputs[name].copy_(value if value.is_pinned() else value.pin_memory(), non_blocking=True)
-        torch._foreach_copy_(list(recorded.numbers), list(numbers))
+        given = batch.to(next(iter(recorded.inputs.values())).device).tensors()
+        torch._foreach_copy_([*recorded.inputs.values(), *recorded.numbers], [*given.values(), *numbers])
         if is_first:
             self._holds_gradients = True
             self._put_gradients()

@@ -1,0 +1,90 @@
+"""Which training passes are recorded, what is put where for a replay, and what adds up. A GPU test has the graphs.
+
+Here a replay computes the pass again, in the memory that was put aside for it.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megatron_bert.data.masking import IGNORED
+from megatron_bert.training.graphs import PassGraphs, _Recorded
+from megatron_bert.training.objective import Objective
+from megatron_bert.training.step import StepResult, train_step
+from tests.unit.test_step import CPU, SGD, assert_same
+from tests.unit.test_training_parts import batch, tiny_model
+
+
+class Replayed(PassGraphs):
+    """Without a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        streams = SimpleNamespace(watching=nullcontext, set=lambda: None)
+        self._streams = defaultdict(lambda: streams)  # type: ignore[assignment]
+        self.replays: list[bool] = []
+
+    def _record(self, objective: Any, batch: Any, numbers: Sequence[Any], key: Any) -> _Recorded:
+        static = replace(
+            batch,
+            inputs={name: value.clone() for name, value in batch.inputs.items()},
+            **{name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)},
+        )
+        own_numbers = [number.clone() for number in numbers]
+        losses = objective(static)
+        losses = type(losses)(*(torch.full_like(one, float("nan")) for one in losses))
+        if not self._gradients:
+            self._gradients = {one: torch.full_like(one, float("nan")) for one in objective.model.parameters()}
+        self._put_gradients()
+
+        def compute() -> None:
+            self.replays.append(key[0])
+            for one, value in zip(losses, self._pass(objective, static, own_numbers, is_first=key[0]), strict=True):
+                one.copy_(value)
+
+        return _Recorded(SimpleNamespace(replay=compute), static.tensors(), own_numbers, losses, self._streams[key])
+
+
+def run(steps: list[list[Any]], graphs: PassGraphs | None) -> list[StepResult]:
+    """Of pairs: a batch, and room for so many predictions."""
+    torch.manual_seed(0)
+    objective = Objective(tiny_model(), CPU, graphs=graphs)
+    optimizer = SGD(objective.model.parameters())
+    results = []
+    for step in steps:
+        micro_batches = []
+        for one, more in step:
+            micro = objective.micro_batch(one)
+            targets = functional.pad(micro.targets, (0, more - len(micro.targets)), value=IGNORED)
+            positions = functional.pad(micro.positions, (0, more - len(micro.positions)))
+            micro_batches.append(replace(micro, positions=positions, targets=targets))
+        results.append(train_step(objective, optimizer, micro_batches, clip_norm=1.0))
+    return results
+
+
+BATCHES = [batch(seed=seed, padded=False) for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("rooms", "replays"),
+    [
+        ([[60]] * 4, [True] * 2),
+        ([[60, 60]] * 4, [True, False] * 2),
+        ([[60]] * 3 + [[80]] * 3, [True] * 2),  # more room: seen twice again, into the same gradients
+        ([[60, 80]] * 5 + [[80, 60]] * 3, [True, False] * 3 + [True, False]),
+        ([[60, 80]] * 3 + [[99, 80]], [True, False]),  # the second adds to what no recording knows
+        ([[60, 80]] * 2 + [[99, 80]], []),
+    ],
+)  # fmt: skip
+def test_steps_are_those_without(rooms: list[list[int]], replays: list[bool]) -> None:
+    steps = [[(BATCHES[(at + place) % 4], room) for place, room in enumerate(step)] for at, step in enumerate(rooms)]
+    graphs = Replayed()
+    assert_same(run(steps, None), run(steps, graphs), rel=1e-5)
+    assert graphs.replays == replays
