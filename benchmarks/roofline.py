@@ -98,7 +98,6 @@ def _measured(case: str, args: argparse.Namespace, device: torch.device, ceiling
 
     first = run(1)
     run(WARM_UP)
-    torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(run(WINDOW_STEPS) for _ in range(WINDOWS))
     peak = torch.cuda.max_memory_allocated() / 2**30
     seen = list(itertools.chain.from_iterable(batches))
@@ -122,6 +121,7 @@ def _built(case: str, args: argparse.Namespace, device: torch.device) -> tuple[T
     """A case's model with its optimizer, what is minimised, and the micro-batches of some steps."""
     gc.collect()  # the case before
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # not later: what a recorded pass takes up is counted once
     size, rows, precision = case.split(",")
     recipe = Path(size) if size.endswith(".yaml") else ROOT / "recipes" / f"pretrain_{size}.yaml"
     with tempfile.TemporaryDirectory() as folder:

@@ -204,6 +204,8 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     from megatron_bert.training.ranks import Ranks
     from megatron_bert.training.step import train_step
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # not later: what a recorded pass takes up is counted once
     drops = 0.0 if args.group == "losses" else 0.1
     section = MeshSection(tensor=case.tensor, sequence_parallel=case.sequence_parallel, overlap=case.overlap,
                           shard=case.shard)  # fmt: skip
@@ -292,8 +294,6 @@ def _figures(steps: Any, args: argparse.Namespace, job: Any, layout: Any, device
             torch.cuda.synchronize()
 
     wait()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(5):
         before = time.perf_counter()

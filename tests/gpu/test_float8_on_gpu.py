@@ -131,7 +131,8 @@ def test_every_gradient_is_near_that_of_bfloat16() -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():
         if ".layer." in name and not name.endswith("key.bias"):  # softmax does not see it: rounding alone
-            assert (gradients[1][name] - wanted).norm() <= 0.2 * wanted.norm(), name
+            limit = 0.35 if ".query." in name or ".key." in name else 0.2  # of these, it takes a large part away
+            assert (gradients[1][name] - wanted).norm() <= limit * wanted.norm(), name
 
 
 def loss_and_gradients(recompute: str = "none") -> tuple[Tensor, dict[str, Tensor], set[str]]:
