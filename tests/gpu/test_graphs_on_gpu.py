@@ -116,6 +116,20 @@ def test_where_nothing_can_be_recorded_training_goes_on(
     ]
 
 
+def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: PassGraphs, *args: Any, **kwargs: Any) -> Any:
+        whole(self, *args, **kwargs)
+        raise RuntimeError("broken off")
+
+    whole, steps = PassGraphs._pass, [[packed(batch(seed=seed))] * 2 for seed in range(5)]
+    wanted = trained(built(cuda_graphs=False), steps)
+    monkeypatch.setattr(PassGraphs, "_pass", broken)
+    found = trained(built(cuda_graphs=True), steps)
+    for one, other in zip(wanted[0], found[0], strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+    assert torch.equal(found[2], wanted[2])
+
+
 @pytest.mark.parametrize(("head", "problem", "num_labels"), CASES)
 def test_every_head(head: Any, problem: Any, num_labels: int) -> None:
     first, *others = samples(rows(head, problem))

@@ -40,10 +40,14 @@ def test_this_cpu_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "named"),
-    [("mesh.tensor=2", "mesh.tensor"), ("mesh.shard=2", "mesh.shard"), ("runtime.recompute=full", "recompute full")],
+    [
+        ("mesh.tensor=2", "mesh.tensor: leave it out"),
+        ("mesh.shard=2", "mesh.shard: set it to 1"),
+        ("runtime.recompute=full", "recompute full: leave it out"),
+    ],
 )
 def test_it_is_of_whole_layers(setting: str, named: str) -> None:
-    with pytest.raises(UserError, match=f"float8 does not go with .*{named}: leave it out, or use bfloat16"):
+    with pytest.raises(UserError, match=f"float8 does not go with .*{named}, or use bfloat16"):
         load_configuration(RECIPE, ["training.precision=float8", setting])
     assert load_configuration(RECIPE, ["training.precision=float8", "mesh.shard=1"]).training.precision == "float8"
 

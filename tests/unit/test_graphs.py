@@ -49,7 +49,7 @@ class Replayed(PassGraphs):
             for one, value in zip(losses, self._pass(objective, static, own_numbers, is_first=key[0]), strict=True):
                 one.copy_(value)
 
-        return _Recorded(SimpleNamespace(replay=compute), static.tensors(), own_numbers, losses, self._streams[key])
+        return _Recorded(compute, static.tensors(), own_numbers, losses, self._streams[key])
 
 
 def run(steps: list[list[Any]], graphs: PassGraphs | None) -> list[StepResult]:
@@ -88,3 +88,37 @@ def test_steps_are_those_without(rooms: list[list[int]], replays: list[bool]) ->
     graphs = Replayed()
     assert_same(run(steps, None), run(steps, graphs), rel=1e-5)
     assert graphs.replays == replays
+
+
+class Failing(Replayed):
+    """Can record once."""
+
+    def _record(self, objective: Any, *args: Any) -> _Recorded:
+        if not self._recorded:
+            return super()._record(objective, *args)
+        for parameter in objective.model.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        raise RuntimeError("no\n room")
+
+
+def test_where_recording_fails_all_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    """Also in the middle of a step."""
+    steps = [[(BATCHES[at % 4], 60), (BATCHES[at % 3], 80)] for at in range(6)]
+    graphs = Failing()
+    assert_same(run(steps, None), run(steps, graphs), rel=1e-5)
+    assert graphs.replays == [True]
+    assert [record.message.partition(": ")[2] for record in caplog.records] == ["no room"]
+
+
+def test_the_last_used_recordings_are_kept_and_there_is_an_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("megatron_bert.training.graphs._KEPT", 2)
+    monkeypatch.setattr("megatron_bert.training.graphs._MOST", 4)
+    rooms = [60, 60, 60, 80, 80, 80, 60, 99, 99, 99, 60, 80, 80, 120, 120, 120, 80]
+    graphs = Replayed()
+    steps = [[(BATCHES[at % 4], room)] for at, room in enumerate(rooms)]
+    assert_same(run(steps, None), run(steps, graphs), rel=1e-5)
+    # Recorded: 60, 80, 99 in place of 80, 80 once more; and nothing after that.
+    assert len(graphs.replays) == len([60, 80, 60, 99, 60, 80, 80, 80])
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["batches of ever new shapes"]

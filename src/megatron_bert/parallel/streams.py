@@ -118,7 +118,7 @@ class PassStreams:
             _watchers.pop()
 
 
-_watchers: list[PassStreams] = []
+_watchers: list[PassStreams] = []  # of the pass at hand: none or one
 
 
 def _cuda_state(state: torch.Tensor) -> tuple[int, int]:

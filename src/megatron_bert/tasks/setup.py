@@ -235,7 +235,9 @@ class RunSetup:
         task = inputs.task
         graphs = None
         if compiled and configuration.runtime.cuda_graphs:
-            graphs = pass_graphs(inputs.device, configuration.runtime.recompute, inputs.ranks.mesh)
+            graphs = pass_graphs(
+                inputs.device, self.training.precision, configuration.runtime.recompute, inputs.ranks.mesh
+            )
         return SupervisedObjective(
             network, inputs.device, task.head, task.problem(), self.training.precision, shapes=shapes, graphs=graphs
         )

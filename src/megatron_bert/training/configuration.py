@@ -230,7 +230,7 @@ class ComputeSection(Section):
     micro_batch_samples: int | None = Field(None, gt=0)  # of one forward pass; default: the whole batch
     num_workers: int = Field(0, ge=0)  # processes that make samples; 0: this one
     compile: bool | None = None  # layers and head by torch.compile; default: on a GPU
-    cuda_graphs: bool = True  # of compiled passes, so that no GPU waits for its host; where nothing is spread in them
+    cuda_graphs: bool = True  # compiled passes are recorded, so that no GPU waits for its host; see `pass_graphs`
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     tensorboard: bool = False  # event files beside the metrics
     log_every_steps: int = Field(10, gt=0)
@@ -298,7 +298,8 @@ class PretrainConfiguration(Section):
         }
         refused = [name for name, is_set in shares.items() if is_set]
         if self.training.precision == "float8" and refused:
-            raise ValueError(f"training.precision float8 does not go with {refused[0]}: leave it out, or use bfloat16")
+            instead = "set it to 1" if refused[0] == "mesh.shard" else "leave it out"
+            raise ValueError(f"training.precision float8 does not go with {refused[0]}: {instead}, or use bfloat16")
         return self
 
 

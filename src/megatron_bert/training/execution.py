@@ -67,7 +67,7 @@ def build_objective(
         predicted_share: of the tokens, those that are expected to be predicted.
         mesh: spread the model over these ranks.
         keeps_layers: see `parallelize`.
-        cuda_graphs: record passes, where `pass_graphs` says that they can be.
+        cuda_graphs: record passes, where `pass_graphs` has them recorded.
 
     Raises:
         UserError: the model's shape cannot be split so, or not be computed in this precision.
@@ -90,7 +90,7 @@ def build_objective(
         precision,
         token_losses=computes,
         shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
-        graphs=pass_graphs(device, recompute, mesh) if cuda_graphs and compiled else None,
+        graphs=pass_graphs(device, precision, recompute, mesh) if cuda_graphs and compiled else None,
     )
 
 
@@ -142,10 +142,14 @@ def make_ready(
         parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=parameter_dtype, keeps_layers=keeps_layers)
 
 
-def pass_graphs(device: torch.device, recompute: Recompute, mesh: ParallelMesh | None) -> PassGraphs | None:
-    """Where a compiled pass can be recorded: on a GPU, with no hooks around layers, and no random stream wound back."""
-    is_free = mesh is None or not (mesh.is_sharded or mesh.overlap)
-    return PassGraphs(device) if device.type == "cuda" and is_free and recompute == "none" else None
+def pass_graphs(
+    device: torch.device, precision: str, recompute: Recompute, mesh: ParallelMesh | None
+) -> PassGraphs | None:
+    """Where compiled passes are recorded: on a GPU, with no hooks around layers, and no random stream wound back; not
+    in float32, in which attention to packed sequences has no kernel of fixed shapes.
+    """
+    is_free = recompute == "none" and (mesh is None or not (mesh.is_sharded or mesh.overlap))
+    return PassGraphs(device) if device.type == "cuda" and is_free and precision != "float32" else None
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:

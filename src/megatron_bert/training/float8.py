@@ -53,8 +53,8 @@ def check_layers(model: Any, *, is_whole: bool) -> None:
         )
     if not can_be_fused(model):
         raise UserError(
-            "training.precision float8 is of plain layers: hidden_act gelu, hidden_size up to 8192, dropout 0 or "
-            "0.004 to 0.5, and no cross-attention; use bfloat16 for this model"
+            "training.precision float8 is of plain layers: hidden_act gelu, dropout 0 or 0.004 to 0.5, and no "
+            "cross-attention; use bfloat16 for this model"
         )
     hidden, intermediate = model.config.hidden_size, model.config.intermediate_size
     if hidden % _MULTIPLE or intermediate % _MULTIPLE or max(3 * hidden, intermediate) > _WIDEST:

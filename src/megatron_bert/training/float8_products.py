@@ -68,7 +68,8 @@ def narrowed(states: Tensor) -> Rows:
 def narrowed_weight(parameters: Sequence[Tensor]) -> Weight:
     """Weights of the same inputs, as one."""
     values, transposed, scales = cast_weight([parameter.detach() for parameter in parameters])
-    return Weight(torch.cat(list(parameters)), values, transposed, scales)
+    parameter = parameters[0] if len(parameters) == 1 else torch.cat(list(parameters))
+    return Weight(parameter, values, transposed, scales)
 
 
 def linear(rows: Rows, weight: Weight, biases: Sequence[Tensor]) -> Tensor:

@@ -7,14 +7,16 @@ those that the recorded kernels compute without a graph, random ones too: PyTorc
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megatron_bert.errors import UserError
 from megatron_bert.parallel.streams import PassStreams
 from megatron_bert.training.microbatch import LaidOut
 
@@ -22,14 +24,15 @@ __all__ = ["PassGraphs"]
 
 log = logging.getLogger(__name__)
 
-_SEEN_BEFORE = 2  # passes of the same shapes before one is recorded: they compile, and let libraries set themselves up
-_MOST_GRAPHS = 4  # kept at once; batches of other shapes are run without
+_SEEN_BEFORE = 2  # passes of a kind before one is recorded: they compile, and let libraries set themselves up
+_KEPT = 4  # recordings at once: the last ones that were used
+_MOST = 16  # in all; where batches go on to need others, recording costs more than it saves
 
 
 class _Recorded(NamedTuple):
     """A pass, and the memory that it reads and writes."""
 
-    graph: Any
+    replay: Callable[[], None]
     inputs: dict[str, Tensor]
     numbers: Sequence[Tensor]
     losses: Any
@@ -37,23 +40,25 @@ class _Recorded(NamedTuple):
 
 
 class PassGraphs:
-    """Runs the passes of an objective: the first of each shape plainly, then recorded.
+    """Runs the passes of an objective: the first ones of each kind plainly, then recorded.
 
-    The first pass of a step writes gradients where there are none, the others add to them: two recordings. All share
-    the gradients' memory, and `parameter.grad` is put there again by the first.
+    A kind is the tensors' shapes, and whether the pass is a step's first, which writes gradients where there are none;
+    the others add to them. All share the gradients' memory, and `parameter.grad` is put there again by the first.
 
     Args:
         device: a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seen: Counter[Hashable] = Counter()
         self._streams: dict[Hashable, PassStreams] = defaultdict(lambda: PassStreams(device))
         self._recorded: dict[Hashable, _Recorded] = {}
+        self._left = _MOST
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
+        self._beside: Any = None
         self._holds_gradients = False  # whether this step's are in the memory that recordings know
-        self._works = True
 
     def differentiate(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
         """The losses of a batch in the CPU's memory; their mean's gradients are added to the parameters'.
@@ -62,46 +67,89 @@ class PassGraphs:
             objective: see `training.step.Minimised`.
             numbers: of the terms that losses are divided by, 0-dimensional, on the device.
             is_first: of a step, so that there are no gradients yet.
+
+        Raises:
+            UserError: CUDA broke a recording off.
         """
         key = (is_first, _signature(batch))
-        if key not in self._recorded:
-            may_record = self._works and (is_first or self._holds_gradients) and len(self._recorded) < _MOST_GRAPHS
-            if not may_record or self._seen[key] < _SEEN_BEFORE:
-                return self._plainly(objective, batch, numbers, key)
-            try:
-                self._recorded[key] = self._record(objective, batch, numbers, key)
-            except RuntimeError as error:  # out of memory is one, too
-                self._give_up(objective, error, is_first)
-                return self._plainly(objective, batch, numbers, key)
-        if not (is_first or self._holds_gradients):
-            return self._plainly(objective, batch, numbers, key)
-        return self._replayed(self._recorded[key], batch, numbers, is_first)
-
-    def _plainly(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> Any:
+        fits = is_first or self._holds_gradients
+        if fits and key not in self._recorded and self._left and self._seen[key] >= _SEEN_BEFORE:
+            self._try_to_record(objective, batch, numbers, key)
+        if fits and key in self._recorded:
+            return self._replayed(batch, numbers, key)
         self._seen[key] += 1
-        if key[0]:
+        if is_first:
             self._holds_gradients = False
         with self._streams[key].watching():
             losses = objective(batch)
         objective.mean(losses, numbers).backward()
         return _detached(losses)
 
+    def _try_to_record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> None:
+        """Where it fails, nothing is recorded any more, and gradients are what they were."""
+        before = {parameter: parameter.grad for parameter in objective.model.parameters()}
+        try:
+            recorded = self._record(objective, batch, numbers, key)
+        except RuntimeError as error:  # out of memory is one, too
+            reason = " ".join(str(error).split())[:200]
+            self._left = 0
+            self._recorded.clear()
+            self._gradients = {}
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+            log.warning("training passes are not recorded as CUDA graphs, so the host takes part in each: %s", reason)
+            return
+        self._left -= 1
+        if not self._left:
+            log.warning("batches of ever new shapes: no more training passes are recorded as CUDA graphs")
+        if len(self._recorded) == _KEPT:
+            del self._recorded[next(iter(self._recorded))]
+        self._recorded[key] = recorded
+
     def _record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> _Recorded:
         """Nothing is computed yet. The very first pass gives gradients their memory."""
-        static, streams = batch.to(objective.device), self._streams[key]
-        own_numbers = [number.clone() for number in numbers]
-        self._put_gradients()
+        static, own_numbers = batch.to(self._device), [number.clone() for number in numbers]
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread only: others go on to read batches and write checkpoints.
-        with streams.recording(graph), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            losses = self._pass(objective, static, own_numbers, is_first=key[0])
+            self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._put_gradients()
+        graph, streams = torch.cuda.CUDAGraph(), self._streams[key]
+        with torch.cuda.device(self._device), streams.recording(graph):
+            losses = self._captured(graph, lambda: self._pass(objective, static, own_numbers, is_first=key[0]))
         gradients = {one: one.grad for one in objective.model.parameters() if one.grad is not None}
         if self._gradients and gradients.keys() != self._gradients.keys():
             raise RuntimeError("passes are of different parameters")
         self._gradients = gradients
-        return _Recorded(graph, static.tensors(), own_numbers, losses, streams)
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
+        return _Recorded(replay, static.tensors(), own_numbers, losses, streams)
+
+    def _captured(self, graph: Any, function: Callable[[], Any]) -> Any:
+        """Its result. An error of its own ends the recording; one of CUDA's leaves PyTorch in no state to go on."""
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()  # memory that plain passes have used cannot be a recorded one's
+        with torch.cuda.stream(self._beside):
+            # Of this thread only: others go on to read batches and write checkpoints.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            failed: RuntimeError | None = None
+            try:
+                result = function()
+            except RuntimeError as error:
+                failed = error
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                raise UserError(
+                    f"a training pass cannot be recorded as a CUDA graph ({failed or error}): set "
+                    "runtime.cuda_graphs=false; the run goes on from its last checkpoint"
+                ) from (failed or error)
+        if failed is not None:
+            raise failed
+        return result
 
     def _pass(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
         if is_first and self._gradients:
@@ -114,24 +162,16 @@ class PassGraphs:
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
 
-    def _replayed(self, recorded: _Recorded, batch: LaidOut, numbers: Sequence[Any], is_first: bool) -> Any:
-        given = batch.to(next(iter(recorded.inputs.values())).device).tensors()
+    def _replayed(self, batch: LaidOut, numbers: Sequence[Any], key: Any) -> Any:
+        recorded = self._recorded[key] = self._recorded.pop(key)  # the last one used
+        given = batch.to(self._device).tensors()
         torch._foreach_copy_([*recorded.inputs.values(), *recorded.numbers], [*given.values(), *numbers])
-        if is_first:
+        if key[0]:
             self._holds_gradients = True
             self._put_gradients()
         recorded.streams.set()
-        recorded.graph.replay()
+        recorded.replay()
         return type(recorded.losses)(*(one.clone() for one in recorded.losses))
-
-    def _give_up(self, objective: Any, error: RuntimeError, is_first: bool) -> None:
-        """Passes are run plainly from now on."""
-        self._works = False
-        log.warning("a training pass could not be recorded as a CUDA graph, so the host takes part in each: %s",
-                    " ".join(str(error).split())[:200])  # fmt: skip
-        if is_first:
-            for parameter in objective.model.parameters():
-                parameter.grad = None
 
 
 def _detached(losses: Any) -> Any:

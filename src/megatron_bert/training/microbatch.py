@@ -46,7 +46,13 @@ class FixedLayout:
 
     @property
     def side_by_side(self) -> PackedLayout:
-        """See `PackedLayout`."""
+        """See `PackedLayout`. Its shape is the batch's own.
+
+        Raises:
+            RuntimeError: a CUDA graph is being recorded, which cannot depend on it.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("attention has no kernel here for sequences of their own lengths")
         return replace(self.layout, device=self.device).side_by_side
 
     @property
@@ -69,8 +75,8 @@ class FixedShapes:
 
     A batch with fewer rows (the last of a pass) or shorter ones is filled up with padding. So are the predicted
     positions, to the expected number of a full batch and a reserve, and the sequences of a packed batch, to the largest
-    number so far and a reserve: a batch that exceeds them, which is rare, is compiled once more. Of labelled samples,
-    there is room for the largest number so far. What is filled up never counts.
+    number so far and a reserve: a batch that exceeds them, which is rare, is compiled once more. So are labelled
+    samples. What is filled up never counts.
 
     Attributes:
         rows, row_tokens: of every batch.
@@ -102,7 +108,8 @@ class FixedShapes:
 
     def samples(self, number: int) -> int:
         """Room for the labelled samples of a batch that has `number`."""
-        self._samples = max(self._samples, number)
+        if number > self._samples:
+            self._samples = _rounded_up(1.25 * number, 8)
         return self._samples
 
 
@@ -127,7 +134,7 @@ class LaidOut:
         return {**self.inputs, **{name: value for name, value in vars(self).items() if isinstance(value, Tensor)}}
 
     def to(self, device: torch.device) -> Self:
-        """A copy on `device`, or itself; the host does not wait for it."""
+        """The same on `device`; the host does not wait for it."""
         inputs = {name: moved(value, device) for name, value in self.inputs.items()}
         layout = self.layout
         if isinstance(layout, FixedLayout):
@@ -205,7 +212,7 @@ class LabelledBatch(LaidOut):
         targets: of the k samples, as `data.labelled.collate_labelled` gives them.
         tokens: int64, where the texts' tokens are among the batch's, one text after the other.
         places: int64 [texts, longest], the same with a row a text, -1 beyond its end.
-            All four may go on with what is filled up: the first sequence or token again, and targets not known.
+            All four may go on with what is filled up: the first sequence or token again, no places, no known targets.
         lengths: of the texts, in tokens.
         rows: the samples' numbers.
         num_terms: of the loss: targets that are known.

@@ -53,6 +53,8 @@ def joined(configuration: Recipe) -> Iterator[torch.device]:
         LostProcess: see `joined_processes`.
     """
     device = _device(configuration.runtime.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if not is_launched() or dist.is_initialized():
         yield device
         return
