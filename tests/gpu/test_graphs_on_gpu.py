@@ -13,7 +13,6 @@ from torch.nn import functional
 from megatron_bert.data.labelled import collate_labelled
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertConfig
-from megatron_bert.training import graphs
 from megatron_bert.training.configuration import OptimizerSection
 from megatron_bert.training.execution import build_objective, make_ready
 from megatron_bert.training.graphs import PassGraphs
@@ -107,13 +106,25 @@ def test_where_nothing_can_be_recorded_training_goes_on(
 
     steps = [[packed(batch(seed=seed))] for seed in range(5)]
     wanted = trained(built(cuda_graphs=False), steps)
-    monkeypatch.setattr(graphs.torch.cuda, "graph", refuse)
+    monkeypatch.setattr(PassGraphs, "_captured", refuse)
     found = trained(built(cuda_graphs=True), steps)
     for one, other in zip(wanted[0], found[0], strict=True):
         assert other == pytest.approx(one, rel=1e-3)
     assert [record.message for record in caplog.records if "CUDA graph" in record.message] == [
-        "a training pass could not be recorded as a CUDA graph, so the host takes part in each: no room"
+        "training passes are not recorded as CUDA graphs, so the host takes part in each: no room"
     ]
+
+
+def test_attention_without_a_kernel_for_it_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    """Of packed sequences in float32, which `pass_graphs` would not have recorded."""
+    steps = [[packed(batch(seed=seed))] for seed in range(5)]
+    wanted = trained(built(cuda_graphs=False, precision="float32"), steps)
+    objective = built(cuda_graphs=False, precision="float32")
+    objective.graphs = PassGraphs(CUDA)
+    found = trained(objective, steps)
+    for one, other in zip(wanted[0], found[0], strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+    assert "sequences of their own lengths" in caplog.text
 
 
 def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

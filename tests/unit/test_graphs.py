@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from megatron_bert.data.masking import IGNORED
+from megatron_bert.training.execution import pass_graphs
 from megatron_bert.training.graphs import PassGraphs, _Recorded
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.step import StepResult, train_step
@@ -122,3 +123,19 @@ def test_the_last_used_recordings_are_kept_and_there_is_an_end(
     # Recorded: 60, 80, 99 in place of 80, 80 once more; and nothing after that.
     assert len(graphs.replays) == len([60, 80, 60, 99, 60, 80, 80, 80])
     assert [record.message.partition(":")[0] for record in caplog.records] == ["batches of ever new shapes"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "recompute", "mesh", "recorded"),
+    [
+        ("bfloat16", "none", None, True),
+        ("float8", "none", SimpleNamespace(is_sharded=False, overlap=False), True),
+        ("float32", "none", None, False),
+        ("bfloat16", "full", None, False),
+        ("bfloat16", "none", SimpleNamespace(is_sharded=True, overlap=False), False),
+        ("bfloat16", "none", SimpleNamespace(is_sharded=False, overlap=True), False),
+    ],
+)
+def test_which_runs_are_recorded(precision: str, recompute: Any, mesh: Any, recorded: bool) -> None:
+    assert (pass_graphs(torch.device("cuda"), precision, recompute, mesh) is not None) == recorded
+    assert pass_graphs(CPU, precision, recompute, mesh) is None
