@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="examples of a step (default: 32)")
     parser.add_argument("--micro", type=int, help="examples of a micro-batch (default: 32 of SST-2, 16 of RACE)")
     parser.add_argument("--peer-seconds", type=float, default=20, help="of theirs that count, a task (default: 20)")
-    parser.add_argument("--limit-seconds", type=float, default=180, help="what would end later is cut (default: 180)")
+    parser.add_argument("--limit-seconds", type=float, default=300, help="what would end later is cut (default: 300)")
     parser.add_argument("--work", type=Path, help="folder for what is made, 7 GB (default: the system's temporary one)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for the recipes")
     parser.add_argument("--profile", action="store_true", help="only a table of ours by kernel")
