@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from attention_gpu import milliseconds
+from norm_gpu import sweep
 from torch import Tensor
 
 from megatron_bert.training import layer_kernels
@@ -156,37 +156,21 @@ def _sweeps(tokens: int, width: int) -> None:
     total, normed, mean, rstd, *_ = norm_forward(*arguments)
     backward = (normed, normed, total, mean, rstd, narrow, seed, 0, DROPOUT, narrow)
     once, again = (TILES, AGAIN) if 4 * width <= 4096 else (ONE_ROW, ONE_ROW_AGAIN)
-    _sweep(f"norm forward, {width}", layer_kernels._NORM_FORWARD, TILES, 9 * size, lambda: norm_forward(*arguments))
-    _sweep(f"norm backward, {width}", layer_kernels._NORM_BACKWARD_NARROW, NORM_AGAIN, 11 * size,
-           lambda: norm_backward(*backward)[2].sum(0))  # fmt: skip
-    _sweep(f"GELU forward, {4 * width}", layer_kernels._GELU_FORWARD_NARROW, once, 20 * size,
-           lambda: gelu_forward(wide, vectors[0], True))  # fmt: skip
-    _sweep(f"GELU backward, {4 * width}", layer_kernels._GELU_BACKWARD_NARROW, again, 28 * size,
-           lambda: gelu_backward(wide, wide, *vectors)[1].sum(0))  # fmt: skip
-    _sweep(f"cast, {width}", layer_kernels._CAST, TILES, 3 * size, lambda: cast_rows(product))
-    _sweep(f"cast of a gradient, {3 * width}", layer_kernels._CAST, again, 9 * size,
-           lambda: cast_rows(joined, third)[2].sum(0))  # fmt: skip
-    groups, names = _layer_weights(width), ("ROWS", "COLUMNS", "num_warps")
-    _sweep(f"casts of a layer's weights, {width}", layer_kernels._CAST_WEIGHT, WEIGHT_TILES, 72e-9 * width**2,
-           lambda: _cast_weights(groups), names)  # fmt: skip
-
-
-def _sweep(
-    title: str,
-    limits: dict[str, int],
-    variants: list[Any],
-    gigabytes: float,
-    call: Callable[[], object],
-    names: tuple[str, ...] = ("elements", "warp_elements", "programs"),
-) -> None:
-    kept, times = dict(limits), {}
-    for variant in variants:
-        limits.update(dict(zip(names, variant, strict=False)))
-        times[variant] = milliseconds(call)
-    limits.update(kept)
-    print(f"\n{title}: {', '.join(names)}; now {tuple(kept.get(name) for name in names)}")
-    for variant, taken in sorted(times.items(), key=lambda item: item[1])[:5]:
-        print(f"  {variant}: {taken:.3f} ms, {gigabytes / taken:.2f} TB/s", flush=True)
+    tile, tile_again = ("elements", "warp_elements"), ("elements", "warp_elements", "programs")
+    sweep(f"norm forward, {width}", layer_kernels._NORM_FORWARD, tile, TILES, 9 * size,
+          lambda: norm_forward(*arguments))  # fmt: skip
+    sweep(f"norm backward, {width}", layer_kernels._NORM_BACKWARD_NARROW, tile_again, NORM_AGAIN, 11 * size,
+          lambda: norm_backward(*backward)[2].sum(0))  # fmt: skip
+    sweep(f"GELU forward, {4 * width}", layer_kernels._GELU_FORWARD_NARROW, tile, once, 20 * size,
+          lambda: gelu_forward(wide, vectors[0], True))  # fmt: skip
+    sweep(f"GELU backward, {4 * width}", layer_kernels._GELU_BACKWARD_NARROW, tile_again, again, 28 * size,
+          lambda: gelu_backward(wide, wide, *vectors)[1].sum(0))  # fmt: skip
+    sweep(f"cast, {width}", layer_kernels._CAST, tile, TILES, 3 * size, lambda: cast_rows(product))
+    sweep(f"cast of a gradient, {3 * width}", layer_kernels._CAST, tile_again, again, 9 * size,
+          lambda: cast_rows(joined, third)[2].sum(0))  # fmt: skip
+    groups = _layer_weights(width)
+    sweep(f"casts of a layer's weights, {width}", layer_kernels._CAST_WEIGHT, ("ROWS", "COLUMNS", "num_warps"),
+          WEIGHT_TILES, 72e-9 * width**2, lambda: _cast_weights(groups))  # fmt: skip
 
 
 def _random(*shape: int) -> Tensor:

@@ -113,9 +113,9 @@ def _sweep_norm(tokens: int, width: int) -> None:
 
     names = ("elements", "warp_elements", "programs", "STAGES")
     title, size = f"{tokens} x {width}", product.nbytes / 1e9
-    _sweep(f"norm forward {title}", layer_kernels._NORM_FORWARD, names[:2], NORM_FORWARD, 4 * size,
+    sweep(f"norm forward {title}", layer_kernels._NORM_FORWARD, names[:2], NORM_FORWARD, 4 * size,
            lambda: layer_kernels.norm_forward(*arguments))  # fmt: skip
-    _sweep(f"norm backward {title}", layer_kernels._NORM_BACKWARD, names, NORM_BACKWARD, 5 * size, backward)
+    sweep(f"norm backward {title}", layer_kernels._NORM_BACKWARD, names, NORM_BACKWARD, 5 * size, backward)
 
 
 def _sweep_gelu(tokens: int, width: int) -> None:
@@ -123,16 +123,17 @@ def _sweep_gelu(tokens: int, width: int) -> None:
     grad = torch.randn_like(product)
     names = ("ROWS", "COLUMNS", "num_warps", "programs", "STAGES")
     title, size = f"{tokens} x {width}", product.nbytes / 1e9
-    _sweep(f"GELU forward {title}", layer_kernels._GELU_FORWARD, names[:3], GELU_FORWARD, 2 * size,
+    sweep(f"GELU forward {title}", layer_kernels._GELU_FORWARD, names[:3], GELU_FORWARD, 2 * size,
            lambda: layer_kernels.gelu_forward(product, bias))  # fmt: skip
-    _sweep(f"GELU backward {title}", layer_kernels._GELU_BACKWARD, names, GELU_BACKWARD, 3 * size,
+    sweep(f"GELU backward {title}", layer_kernels._GELU_BACKWARD, names, GELU_BACKWARD, 3 * size,
            lambda: layer_kernels.gelu_backward(grad, product, bias)[1].sum(0))  # fmt: skip
 
 
-def _sweep(
+def sweep(
     title: str, limits: dict[str, int], names: tuple[str, ...], variants: list[Any], gigabytes: float,
     call: Callable[[], object],
 ) -> None:  # fmt: skip
+    """Prints what a call takes with other values of a kernel's limits, the fastest first."""
     kept, times = dict(limits), {}
     for variant in variants:
         limits.update(dict(zip(names, variant, strict=True)))

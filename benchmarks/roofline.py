@@ -48,7 +48,7 @@ GROUPS = {
     "vocabulary's loss": r"log_softmax|nll_loss|argmax",
     "GELU": r"gelu|erf",
     "norms, dropout, residuals": r"^norm_(forward|backward)$|layer_norm|dropout|rand|philox",
-    "float8's casts": r"^cast_rows$|float8|amax|clamp",
+    "float8's casts": r"^cast_(rows|weight)$|float8|amax|clamp",
     "copies": r"Memcpy|Memset|copy|cat|fill|zero",
 }
 REST, IDLE = "other kernels", "no kernel"

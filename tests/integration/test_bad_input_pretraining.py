@@ -14,6 +14,8 @@ import torch
 
 from megatron_bert.cli.main import main
 from megatron_bert.data.indexed import IndexedWriter, Provenance, files_of
+from megatron_bert.errors import UserError
+from megatron_bert.training.setup import _device
 from tests.integration.tiny_corpus import documents, prepare, write_jsonl, write_recipe
 
 
@@ -221,3 +223,11 @@ def test_out_of_gpu_memory_says_what_to_lower(
     assert "error: out of GPU memory: lower runtime.micro_batch_samples (it is " in line
     assert "runtime.recompute=full" in line
     assert "megatron-bert plan" in line
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match=r"runtime.device cuda:2: the last CUDA device here is cuda:1"):
+        _device("cuda:2")

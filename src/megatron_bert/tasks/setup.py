@@ -233,14 +233,12 @@ class RunSetup:
         if compiled:
             shapes = FixedShapes(batches.layout.micro_samples, batches.row_tokens, 0.0, batches.text_tokens)
         task = inputs.task
-        graphs = None
-        if compiled and configuration.runtime.cuda_graphs:
-            graphs = pass_graphs(
-                inputs.device, self.training.precision, configuration.runtime.recompute, inputs.ranks.mesh
-            )
+        runtime, precision = configuration.runtime, self.training.precision
+        graphs = pass_graphs(inputs.device, precision, runtime.recompute, inputs.ranks.mesh)
         return SupervisedObjective(
-            network, inputs.device, task.head, task.problem(), self.training.precision, shapes=shapes, graphs=graphs
-        )
+            network, inputs.device, task.head, task.problem(), precision, shapes=shapes,
+            graphs=graphs if compiled and runtime.cuda_graphs else None,
+        )  # fmt: skip
 
     def summary(self) -> str:
         """Where the run is computed, and what of."""

@@ -291,15 +291,14 @@ class PretrainConfiguration(Section):
 
     @model_validator(mode="after")
     def _float8_is_of_whole_layers(self) -> Self:
-        shares = {
-            "mesh.tensor": self.mesh.tensor > 1,
-            "mesh.shard": (self.mesh.shard or 1) > 1,
-            "runtime.recompute full": self.runtime.recompute == "full",
+        refused = {
+            "mesh.tensor: leave it out": self.mesh.tensor > 1,
+            "mesh.shard: set it to 1": (self.mesh.shard or 1) > 1,
+            "runtime.recompute full: leave it out": self.runtime.recompute == "full",
         }
-        refused = [name for name, is_set in shares.items() if is_set]
-        if self.training.precision == "float8" and refused:
-            instead = "set it to 1" if refused[0] == "mesh.shard" else "leave it out"
-            raise ValueError(f"training.precision float8 does not go with {refused[0]}: {instead}, or use bfloat16")
+        for what, is_set in refused.items():
+            if self.training.precision == "float8" and is_set:
+                raise ValueError(f"training.precision float8 does not go with {what}, or use bfloat16")
         return self
 
 

@@ -13,7 +13,7 @@ whole rows (`layer_kernels`), and a row of large numbers costs another nothing. 
 
 Hopper's tensor cores add 8-bit products up in some 14 bits unless told not to, which costs a tenth to a quarter of the
 rate. Here they may, forward and in gradients, as in torchao's row-wise recipes; NVIDIA's Transformer Engine has it
-forward alone, and DeepSeek-V3 (ibid.) warns of it in long sums. A curve of 1,000 steps beside bfloat16's decides.
+forward alone, and DeepSeek-V3 (ibid.) warns of it in long sums. docs/roofline.md has the loss beside bfloat16's.
 
 T tokens, K inputs, N outputs of a product.
 """
@@ -98,22 +98,15 @@ def _applied(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+# Each begins with the three of `Rows` and the four of `Weight`.
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        values: Tensor,
-        scales: Tensor,
-        parameter: Tensor,
-        weight: Tensor,
-        transposed: Tensor,
-        weight_scales: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(states, transposed, weight_scales)
-        product: Tensor = scaled_product(values, scales, weight, weight_scales, bias.to(torch.bfloat16), _FAST_SUMS)
-        return product
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        rows, weight, (bias,) = _operands(inputs)
+        ctx.save_for_backward(rows.states, weight.transposed, weight.scales)
+        return _product(rows, weight, bias.to(torch.bfloat16))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -125,22 +118,13 @@ class _Linear(torch.autograd.Function):
 
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        values: Tensor,
-        scales: Tensor,
-        parameter: Tensor,
-        weight: Tensor,
-        transposed: Tensor,
-        weight_scales: Tensor,
-        bias: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        product = scaled_product(values, scales, weight, weight_scales, None, _FAST_SUMS)
-        activated, new_values, new_scales = gelu_forward(product, bias, True)
-        ctx.save_for_backward(states, transposed, weight_scales, product, bias)
-        ctx.mark_non_differentiable(new_values, new_scales)
-        return activated, new_values, new_scales
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rows, weight, (bias,) = _operands(inputs)
+        product = _product(rows, weight, None)
+        activated, values, scales = gelu_forward(product, bias, True)
+        ctx.save_for_backward(rows.states, weight.transposed, weight.scales, product, bias)
+        ctx.mark_non_differentiable(values, scales)
+        return activated, values, scales
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
@@ -152,32 +136,15 @@ class _LinearGelu(torch.autograd.Function):
 
 class _LinearResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        values: Tensor,
-        scales: Tensor,
-        parameter: Tensor,
-        weight: Tensor,
-        transposed: Tensor,
-        weight_scales: Tensor,
-        bias: Tensor,
-        residual: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        seed: Tensor | None,
-        site: int,
-        dropout: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        product = scaled_product(values, scales, weight, weight_scales, None, _FAST_SUMS)
-        total, normed, mean, rstd, new_values, new_scales = norm_forward(
-            product, bias, residual, norm_weight, norm_bias, seed, site, dropout, eps, True
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, weight, (bias, residual, norm_weight, norm_bias, seed, site, dropout, eps) = _operands(inputs)
+        total, normed, mean, rstd, values, scales = norm_forward(
+            _product(rows, weight, None), bias, residual, norm_weight, norm_bias, seed, site, dropout, eps, True
         )
-        ctx.save_for_backward(states, transposed, weight_scales, total, mean, rstd, norm_weight, seed)
+        ctx.save_for_backward(rows.states, weight.transposed, weight.scales, total, mean, rstd, norm_weight, seed)
         ctx.site, ctx.dropout = site, dropout
-        ctx.mark_non_differentiable(new_values, new_scales)
-        return total, normed, new_values, new_scales
+        ctx.mark_non_differentiable(values, scales)
+        return total, normed, values, scales
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor, *_: Any) -> Any:
@@ -193,6 +160,15 @@ class _LinearResidualNorm(torch.autograd.Function):
             of_states, None, None, of_weight, None, None, None,
             of_bias, of_residual, of_norm_weight, of_norm_bias, None, None, None, None,
         )  # fmt: skip
+
+
+def _operands(inputs: tuple[Any, ...]) -> tuple[Rows, Weight, tuple[Any, ...]]:
+    return Rows(*inputs[:3]), Weight(*inputs[3:7]), inputs[7:]
+
+
+def _product(rows: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
+    product: Tensor = scaled_product(rows.values, rows.scales, weight.values, weight.scales, bias, _FAST_SUMS)
+    return product
 
 
 def _gradients(

@@ -17,16 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bert.errors import UserError
+from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.streams import PassStreams
 from megatron_bert.training.microbatch import LaidOut
 
-__all__ = ["PassGraphs"]
+__all__ = ["PassGraphs", "differentiated"]
 
 log = logging.getLogger(__name__)
 
 _SEEN_BEFORE = 2  # passes of a kind before one is recorded: they compile, and let libraries set themselves up
 _KEPT = 4  # recordings at once: the last ones that were used
 _MOST = 16  # in all; where batches go on to need others, recording costs more than it saves
+
+
+def differentiated(objective: Any, batch: LaidOut, numbers: Sequence[Any]) -> Any:
+    """The losses of a batch, as values; their mean's gradients are added to the parameters'.
+
+    Args:
+        objective: see `training.step.Minimised`.
+        numbers: of the terms that losses are divided by.
+    """
+    losses = call_within(objective.model, objective, batch)
+    objective.mean(losses, numbers).backward()
+    # Not the tensors themselves, which keep the pass alive: a gradient's stream is settled by the first that needs it.
+    return type(losses)(*(one.detach() for one in losses))
 
 
 class _Recorded(NamedTuple):
@@ -60,12 +74,12 @@ class PassGraphs:
         self._beside: Any = None
         self._holds_gradients = False  # whether this step's are in the memory that recordings know
 
-    def differentiate(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
-        """The losses of a batch in the CPU's memory; their mean's gradients are added to the parameters'.
+    def differentiated(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
+        """As the function of this name.
 
         Args:
-            objective: see `training.step.Minimised`.
-            numbers: of the terms that losses are divided by, 0-dimensional, on the device.
+            batch: in the CPU's memory.
+            numbers: 0-dimensional tensors on the device.
             is_first: of a step, so that there are no gradients yet.
 
         Raises:
@@ -81,9 +95,7 @@ class PassGraphs:
         if is_first:
             self._holds_gradients = False
         with self._streams[key].watching():
-            losses = objective(batch)
-        objective.mean(losses, numbers).backward()
-        return _detached(losses)
+            return differentiated(objective, batch, numbers)
 
     def _try_to_record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> None:
         """Where it fails, nothing is recorded any more, and gradients are what they were."""
@@ -154,9 +166,7 @@ class PassGraphs:
     def _pass(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
         if is_first and self._gradients:
             torch._foreach_zero_(list(self._gradients.values()))
-        losses = objective(batch)
-        objective.mean(losses, numbers).backward()
-        return _detached(losses)
+        return differentiated(objective, batch, numbers)
 
     def _put_gradients(self) -> None:
         for parameter, gradient in self._gradients.items():
@@ -172,11 +182,6 @@ class PassGraphs:
         recorded.streams.set()
         recorded.replay()
         return type(recorded.losses)(*(one.clone() for one in recorded.losses))
-
-
-def _detached(losses: Any) -> Any:
-    """What keeps no pass alive: a gradient's stream is settled by the first pass that needs it."""
-    return type(losses)(*(one.detach() for one in losses))
 
 
 def _signature(batch: LaidOut) -> Hashable:

@@ -53,9 +53,9 @@ def joined(configuration: Recipe) -> Iterator[torch.device]:
         LostProcess: see `joined_processes`.
     """
     device = _device(configuration.runtime.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
     if not is_launched() or dist.is_initialized():
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         yield device
         return
     with joined_processes(device, configuration.mesh.timeout_seconds + _GRACE_SECONDS):
@@ -202,4 +202,6 @@ def _device(name: str) -> torch.device:
         raise UserError(f"runtime.device {name!r} is not a device; write auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device cuda: PyTorch finds no CUDA device here; write auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"runtime.device {name}: the last CUDA device here is cuda:{torch.cuda.device_count() - 1}")
     return local_device(device.type) if is_launched() else device

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_bert.data.batches import Batch
 from megatron_bert.parallel.data import call_within
-from megatron_bert.training.graphs import PassGraphs
+from megatron_bert.training.graphs import PassGraphs, differentiated
 from megatron_bert.training.microbatch import FixedShapes, LaidOut, moved
 from megatron_bert.training.ranks import ALONE, Ranks
 from megatron_bert.training.sums import Sums
@@ -82,10 +82,9 @@ def train_step(
     sums = Sums()
     for at, batch in enumerate(micro_batches):
         if objective.graphs is not None:
-            losses = objective.graphs.differentiate(objective, batch, numbers, is_first=at == 0)
+            losses = objective.graphs.differentiated(objective, batch, numbers, is_first=at == 0)
         else:
-            losses = call_within(model, objective, batch)
-            objective.mean(losses, numbers).backward()  # type: ignore[no-untyped-call]
+            losses = differentiated(objective, batch, numbers)
         sums = sums.plus(objective.sums(losses, batch))
     sums, norm = sums.over(ranks, device), ranks.complete_gradients(model)
     applied = norm.isfinite() & sums.losses().isfinite()
