@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from megatron_bert.data.masking import IGNORED
+from megatron_bert.training import loop
 from megatron_bert.training.execution import pass_graphs
 from megatron_bert.training.graphs import PassGraphs, _Recorded
 from megatron_bert.training.objective import Objective
@@ -31,6 +32,7 @@ class Replayed(PassGraphs):
         streams = SimpleNamespace(watching=nullcontext, set=lambda: None)
         self._streams = defaultdict(lambda: streams)  # type: ignore[assignment]
         self.replays: list[bool] = []
+        self.resets = 0
 
     def _record(self, objective: Any, batch: Any, numbers: Sequence[Any], key: Any) -> _Recorded:
         static = replace(
@@ -50,7 +52,10 @@ class Replayed(PassGraphs):
             for one, value in zip(losses, self._pass(objective, static, own_numbers, is_first=key[0]), strict=True):
                 one.copy_(value)
 
-        return _Recorded(compute, static.tensors(), own_numbers, losses, self._streams[key])
+        def reset() -> None:
+            self.resets += 1
+
+        return _Recorded(compute, reset, static.tensors(), own_numbers, losses, self._streams[key])
 
 
 def run(steps: list[list[Any]], graphs: PassGraphs | None) -> list[StepResult]:
@@ -125,15 +130,34 @@ def test_the_last_used_recordings_are_kept_and_there_is_an_end(
     assert [record.message.partition(":")[0] for record in caplog.records] == ["batches of ever new shapes"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_recorded_outlives_the_run(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group cannot end before the graphs that send in it."""
+    graphs = Replayed()
+    run([[(BATCHES[0], 60), (BATCHES[1], 60)]] * 4, graphs)
+    training: Any = SimpleNamespace(
+        state=SimpleNamespace(step=0, model=tiny_model()),
+        runtime=SimpleNamespace(stop_after_skipped_steps=1),
+        objective=SimpleNamespace(graphs=graphs),
+        is_done=not fails,
+        stop_requested=lambda: False,
+    )
+    assert graphs.resets == 0
+    monkeypatch.setattr(loop, "_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        loop.train(training, SimpleNamespace())  # type: ignore[arg-type]
+    assert graphs.resets == 2  # the first pass of a step, and the others
+    assert not graphs._recorded
+
+
 @pytest.mark.parametrize(
     ("precision", "recompute", "mesh", "recorded"),
     [
         ("bfloat16", "none", None, True),
-        ("float8", "none", SimpleNamespace(is_sharded=False, overlap=False), True),
+        ("float8", "none", SimpleNamespace(is_sharded=False), True),
         ("float32", "none", None, False),
         ("bfloat16", "full", None, False),
-        ("bfloat16", "none", SimpleNamespace(is_sharded=True, overlap=False), False),
-        ("bfloat16", "none", SimpleNamespace(is_sharded=False, overlap=True), False),
+        ("bfloat16", "none", SimpleNamespace(is_sharded=True), False),
     ],
 )
 def test_which_runs_are_recorded(precision: str, recompute: Any, mesh: Any, recorded: bool) -> None:

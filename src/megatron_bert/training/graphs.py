@@ -47,6 +47,7 @@ class _Recorded(NamedTuple):
     """A pass, and the memory that it reads and writes."""
 
     replay: Callable[[], None]
+    reset: Callable[[], None]
     inputs: dict[str, Tensor]
     numbers: Sequence[Tensor]
     losses: Any
@@ -97,6 +98,15 @@ class PassGraphs:
         with self._streams[key].watching():
             return differentiated(objective, batch, numbers)
 
+    def release(self) -> None:
+        """Gives up what was recorded. Before processes part: NCCL ends a group only after the graphs that send in it
+        (docs.nvidia.com/dl-cuda-graph/troubleshooting/process-hang.html).
+        """
+        for recorded in self._recorded.values():
+            recorded.reset()
+        self._recorded.clear()
+        self._gradients = {}
+
     def _try_to_record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> None:
         """Where it fails, nothing is recorded any more, and gradients are what they were."""
         before = {parameter: parameter.grad for parameter in objective.model.parameters()}
@@ -105,8 +115,7 @@ class PassGraphs:
         except RuntimeError as error:  # out of memory is one, too
             reason = " ".join(str(error).split())[:200]
             self._left = 0
-            self._recorded.clear()
-            self._gradients = {}
+            self.release()
             for parameter, gradient in before.items():
                 parameter.grad = gradient
             log.warning("training passes are not recorded as CUDA graphs, so the host takes part in each: %s", reason)
@@ -137,7 +146,7 @@ class PassGraphs:
             with torch.cuda.device(self._device):
                 graph.replay()
 
-        return _Recorded(replay, static.tensors(), own_numbers, losses, streams)
+        return _Recorded(replay, graph.reset, static.tensors(), own_numbers, losses, streams)
 
     def _captured(self, graph: Any, function: Callable[[], Any]) -> Any:
         """Its result. An error of its own ends the recording; one of CUDA's leaves PyTorch in no state to go on."""

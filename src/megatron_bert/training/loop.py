@@ -97,6 +97,9 @@ def train(run: Run, sink: MetricsSink) -> None:
     except NotFinite:
         run.save()
         raise
+    finally:
+        if run.objective.graphs is not None:
+            run.objective.graphs.release()
     if state.step != saved:
         run.save()
 
