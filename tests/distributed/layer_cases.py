@@ -129,7 +129,7 @@ def blocks(*, sequence_parallel: bool, num_tokens: int, overlap: bool = False) -
           **DECODER)  # fmt: skip
 
 
-def cross_entropy_equals_torch() -> None:
+def cross_entropy_equals_torch(*, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
     """Losses, right predictions and gradients; ignored targets, targets on every rank, ties, and huge logits."""
     region = mesh_of(dist.get_world_size()).region
     generator = torch.Generator().manual_seed(6)
@@ -142,15 +142,17 @@ def cross_entropy_equals_torch() -> None:
     targets[[3, 4, 6]] = torch.tensor([0, 50, 7])
     targets[::5] = -100
     targets[5] = 63
-    whole, weights = logits.clone().requires_grad_(), torch.rand(40, generator=generator)
+    logits = logits.to(dtype)
+    whole, weights = logits.float().clone().requires_grad_(), torch.rand(40, generator=generator)
     expected = functional.cross_entropy(whole, targets, reduction="none", ignore_index=-100)
     part = logits.chunk(region.degree, -1)[region.rank].clone().requires_grad_()
-    losses, correct = vocabulary_parallel_cross_entropy(part, targets, region)
+    losses, correct = vocabulary_parallel_cross_entropy(part, targets, region, compiled=compiled)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(correct, logits.argmax(-1) == targets)
     (losses * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(part.grad, whole.grad.chunk(region.degree, -1)[region.rank], rtol=1e-5, atol=1e-7)
+    reference, rounding = whole.grad.chunk(region.degree, -1)[region.rank], max(torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(part.grad.float(), reference, rtol=rounding, atol=1e-7)
 
 
 def overlapped_traffic() -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Every parallel layer equals its unsharded twin, forward and backward, and communicates as the papers say."""
 
 import pytest
+import torch
 
 from tests.distributed import layer_cases
 
@@ -28,9 +29,14 @@ def test_products_that_overlap_with_communication(world, num_tokens):
     world(2).run(layer_cases.blocks, sequence_parallel=True, num_tokens=num_tokens, overlap=True)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_cross_entropy(world, ranks):
-    world(ranks).run(layer_cases.cross_entropy_equals_torch)
+@pytest.mark.parametrize(("ranks", "compiled"), [(2, False), (4, False), (2, True)])
+def test_cross_entropy(world, ranks, compiled):
+    world(ranks).run(layer_cases.cross_entropy_equals_torch, compiled=compiled)
+
+
+def test_cross_entropy_of_narrow_logits(world):
+    """Computed in float32, whatever the logits are."""
+    world(2).run(layer_cases.cross_entropy_equals_torch, dtype=torch.bfloat16)
 
 
 def test_a_layer_communicates_as_the_paper_says(world):
