@@ -130,6 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gpu", default="h100", help="whose numbers to predict with")
     parser.add_argument("--steps", type=int, default=10, help="that are timed, or whose losses are compared")
     parser.add_argument("--without-graphs", action="store_true", help="passes are not recorded as CUDA graphs")
+    parser.add_argument("--compiled-alone", action="store_true", help="without our kernels between a layer's products")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument(
@@ -152,7 +153,7 @@ def _launched(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any
                  "--steps", str(args.steps)]  # fmt: skip
         if args.trace:
             words += ["--trace", str(args.trace.resolve())]
-        words += ["--without-graphs"] * args.without_graphs
+        words += ["--without-graphs"] * args.without_graphs + ["--compiled-alone"] * args.compiled_alone
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(cases[0].gpus),
              __file__, *words], check=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -169,7 +170,9 @@ def _worker(args: argparse.Namespace) -> int:
 
     from megatron_bert.errors import UserError
     from megatron_bert.parallel.launch import joined_processes, local_device
+    from megatron_bert.training import execution
 
+    execution._OWN_KERNELS = not args.compiled_alone
     device = local_device(args.device)
     cases = [Case(**case) for case in json.loads(args.worker.read_text(encoding="utf-8"))]
     with joined_processes(device, 300), args.worker.with_suffix(".done").open("a", encoding="utf-8") as done:

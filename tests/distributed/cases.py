@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -204,6 +205,7 @@ def equals_single_process(
     recompute: bool = False,
     compiled: bool = False,
     overlap: bool = False,
+    prepare: Callable[[Any], None] | None = None,
     steps: int = 2,
     num_micro_batches: int = 2,
 ) -> None:
@@ -213,7 +215,7 @@ def equals_single_process(
     if compiled:
         compile_as_the_trainer(model, mesh)
     else:
-        parallelize(model, mesh, prepare_layers=recompute_layers if recompute else None)
+        parallelize(model, mesh, prepare_layers=recompute_layers if recompute else prepare)
     optimizer = optimizer_of(model)
     for step in range(steps):
         loss = add_gradients(model, step_batches(num_micro_batches, packed=packed), mesh)

@@ -98,7 +98,7 @@ def packed_attention(
         )
         return context
     if attention_kernel.applies(query, layout.max_length, dropout):
-        qkv_T3NH = attention_kernel.joined(*(states[0].transpose(0, 1) for states in (query, key, value)))
+        qkv_T3NH = attention_kernel.joined(*(states.squeeze(0).transpose(0, 1) for states in (query, key, value)))
         context_TNH = attention_kernel.packed_attention(
             qkv_T3NH, layout.cu_seq_lens, layout.max_length, is_causal, scaling, dropout
         )
@@ -147,7 +147,7 @@ def _varlen_causal_arguments(is_causal: bool) -> dict[str, Any]:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, is_causal: bool, scaling: float, dropout: float
 ) -> Tensor:
-    query_TNH, key_TNH, value_TNH = (states[0].transpose(0, 1) for states in (query, key, value))
+    query_TNH, key_TNH, value_TNH = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     boundaries, longest = layout.cu_seq_lens, layout.max_length
     arguments = (query_TNH, key_TNH, value_TNH, boundaries, boundaries, longest, longest)
     if dropout > 0.0:  # the public function has no dropout; the operator under it has, and a gradient

@@ -126,7 +126,7 @@ class ParallelSelfAttention(MegatronBertSelfAttention):
         if self.region.overlaps and not self.is_cross_attention:
             parts = (self.query, self.key, self.value)
             weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-            hidden_states = self.region.enter_linear(hidden_states, weight, bias, num_tokens)
+            hidden_states = self.region.enter_linear(hidden_states, weight, num_tokens) + bias.to(hidden_states.dtype)
         else:
             hidden_states = self.region.enter(hidden_states, num_tokens)
         if encoder_hidden_states is not None:
@@ -160,8 +160,8 @@ class ParallelIntermediate(MegatronBertIntermediate):
         if not self.region.overlaps:
             return super().forward(self.region.enter(_as_computed(hidden_states)))
         dense: Any = self.dense
-        wide = self.region.enter_linear(_as_computed(hidden_states), dense.weight, dense.bias)
-        activated: Tensor = self.intermediate_act_fn(wide)
+        wide = self.region.enter_linear(_as_computed(hidden_states), dense.weight)
+        activated: Tensor = self.intermediate_act_fn(wide + dense.bias.to(wide.dtype))
         return activated
 
 

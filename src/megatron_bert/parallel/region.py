@@ -69,12 +69,16 @@ class TensorRegion:
             return self.sum(states)
         return self._redistribute_tokens(self._filled_up(states), _PARTIAL, _TOKENS, gradient=_TOKENS)
 
-    def enter_linear(self, states: Tensor, weight: Tensor, bias: Tensor, num_tokens: int | None = None) -> Tensor:
-        """`enter` overlapped with the column-parallel product after it: (B, num_tokens, N / degree)."""
-        weight, bias = weight.to(states.dtype), bias.to(states.dtype)
-        packed, dim = (states[0], 0) if states.shape[0] == 1 else (states, 1)
+    def enter_linear(self, states: Tensor, weight: Tensor, num_tokens: int | None = None) -> Tensor:
+        """`enter` and the column-parallel product after it, without its bias, overlapped or not:
+        (B, num_tokens, N / degree).
+        """
+        if not self.overlaps:
+            return linear(self.enter(states, num_tokens), weight, None)
+        weight = weight.to(states.dtype)
+        packed, dim = (states.squeeze(0), 0) if states.shape[0] == 1 else (states, 1)
         product = gathered_product(packed, weight, dim, self.mesh)
-        product = (product[None] if dim == 0 else product) + bias
+        product = product.unsqueeze(0) if dim == 0 else product
         return product if num_tokens is None else product.narrow(1, 0, num_tokens)
 
     def leave_linear(self, states: Tensor, weight: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ class TensorRegion:
             return self.leave(linear(states, weight, None))
         states, weight = self._filled_up(states), weight.to(states.dtype)
         if states.shape[0] == 1:
-            return scattered_product(states[0], weight, 0, self.mesh)[None]
+            return scattered_product(states.squeeze(0), weight, 0, self.mesh).unsqueeze(0)
         return scattered_product(states, weight, 1, self.mesh)
 
     def sum(self, states: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.planning.layout import Recompute
 from megatron_bert.training.float8 import check_layers
 from megatron_bert.training.float8_layers import walk_layers_in_float8
-from megatron_bert.training.fused_layers import BFLOAT16, can_be_fused, walk_layers
+from megatron_bert.training.fused_layers import BFLOAT16, BFLOAT16_ON_RANKS, can_be_fused, walk_layers
 from megatron_bert.training.graphs import PassGraphs
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.objective import Objective, TokenLosses, token_losses
@@ -83,7 +83,7 @@ def build_objective(
     )
     computes: TokenLosses = torch.compile(token_losses, dynamic=False) if compiled else token_losses
     if mesh is not None and mesh.tensor_degree > 1:
-        computes = token_losses_on(mesh.region)
+        computes = token_losses_on(mesh.region, compiled=compiled)
     return Objective(
         model,
         device,
@@ -115,22 +115,24 @@ def make_ready(
     """
     has_hooks = recompute == "full" or (mesh is not None and mesh.is_sharded)  # around each layer
     together = 1 if has_hooks else _LAYERS_TOGETHER
-    # Not where something is put around or into a layer.
-    is_whole = fused and not has_hooks and (mesh is None or mesh.tensor_degree == 1)
-    may_walk = _OWN_KERNELS and is_whole and device.type == "cuda" and precision == "bfloat16"
+    is_free = fused and not has_hooks  # nothing is put around or into a layer
+    on_ranks, overlaps = mesh is not None and mesh.tensor_degree > 1, mesh is not None and mesh.overlap
+    # The ranks' own masks stop a compiler in attention, or under sequence parallelism are around all layers.
+    stops = on_ranks and not (mesh and mesh.sequence_parallel)
+    may_walk = _OWN_KERNELS and is_free and device.type == "cuda" and precision == "bfloat16"
 
     def prepare(model: Any) -> None:
         if precision != "float32":
             _residuals_in(torch.bfloat16, model)
         if precision == "float8":
-            check_layers(model, is_whole=is_whole)
-        elif device.type == "cuda" and fused and not (mesh and mesh.overlap):  # whose layers do so themselves
+            check_layers(model, is_whole=is_free and not on_ranks)
+        elif device.type == "cuda" and fused and not overlaps:  # whose layers do so themselves
             fuse_projections(model)
         recompute_activations(model, "selective" if recompute == "selective" else "none")
         if precision == "float8":
             walk_layers_in_float8(model, together, compiled=compiled)
         elif compiled and may_walk and can_be_fused(model):
-            walk_layers(model, together, BFLOAT16)
+            walk_layers(model, 1 if stops else together, BFLOAT16_ON_RANKS if on_ranks else BFLOAT16)
         elif compiled:
             _compile_layers(model, together)
         recompute_activations(model, "full" if recompute == "full" else "none")  # around what is compiled
@@ -148,7 +150,7 @@ def pass_graphs(
     """Where compiled passes are recorded: on a GPU, with no hooks around layers, and no random stream wound back; not
     in float32, in which attention to packed sequences has no kernel of fixed shapes.
     """
-    is_free = recompute == "none" and (mesh is None or not (mesh.is_sharded or mesh.overlap))
+    is_free = recompute == "none" and (mesh is None or not mesh.is_sharded)
     return PassGraphs(device) if device.type == "cuda" and is_free and precision != "float32" else None
 
 

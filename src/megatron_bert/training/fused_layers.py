@@ -3,7 +3,8 @@
 A layer is written as two halves that begin with a norm (`model/layers.py`). Between two products lie the end of one
 half and the beginning of the next: bias, dropout, residual and norm, which are one operator here. So what goes from
 layer to layer is the residual path and its norm. Weights, names and, up to rounding, what is computed stay the same.
-In float8 (`float8_layers`) the products are steps of the walk, too.
+In float8 (`float8_layers`) the products are steps of the walk, too. On tensor-parallel ranks each has its part of them,
+and what lies between two is on every rank, or under sequence parallelism on the rank that has the tokens.
 
 T tokens (or B, S), D hidden, F feed-forward.
 """
@@ -20,11 +21,15 @@ from torch.nn import functional
 from transformers.activations import GELUActivation
 
 from megatron_bert.model.linear import Linear
+from megatron_bert.parallel.layers import ColumnParallelLinear, ReplicatedLayerNorm, RowParallelLinear
 from megatron_bert.training.layer_kernels import biased_gelu, can_drop, drawn_seed, residual_norm
 
-__all__ = ["BFLOAT16", "Steps", "can_be_fused", "dropout_of", "walk_layers"]
+__all__ = ["BFLOAT16", "BFLOAT16_ON_RANKS", "Steps", "can_be_fused", "dropout_of", "walk_layers"]
 
 _WIDEST = 8192  # a row is in a program's registers
+# A layer's three products and two norms.
+_WHOLE = (Linear, Linear, Linear, nn.LayerNorm, nn.LayerNorm)
+_ON_RANKS = (RowParallelLinear, ColumnParallelLinear, RowParallelLinear, ReplicatedLayerNorm, ReplicatedLayerNorm)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,9 @@ class Steps:
 
 
 def can_be_fused(model: Any) -> bool:
-    """Whether the model's layers are those that this walk computes: plain ones, on one device, with the exact GELU."""
+    """Whether the model's layers are those that this walk computes: plain ones, with the exact GELU, on one device or
+    as tensor-parallel ranks have them.
+    """
     config = model.config
     return (
         config.hidden_size <= _WIDEST
@@ -58,9 +65,9 @@ def can_be_fused(model: Any) -> bool:
 
 def _is_plain(layer: Any) -> bool:
     attention, output, activation = layer.attention.output, layer.output, layer.intermediate.intermediate_act_fn
+    kinds = tuple(map(type, (attention.dense, layer.intermediate.dense, output.dense, layer.attention.ln, layer.ln)))
     return (
-        all(type(dense) is Linear for dense in (attention.dense, layer.intermediate.dense, output.dense))
-        and all(type(norm) is nn.LayerNorm for norm in (layer.attention.ln, layer.ln))
+        kinds in (_WHOLE, _ON_RANKS)
         and all(can_drop(half.dropout.p) for half in (attention, output))
         and isinstance(activation, GELUActivation)
         and activation.act is functional.gelu
@@ -104,11 +111,21 @@ def _run_layers(
     has_dropout = any(dropout_of(half) > 0.0 for layer in layers for half in (layer.attention.output, layer.output))
     seed = drawn_seed(residual.device) if has_dropout else None
     for number, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
-        context, _ = layer.attention.self(rows, *args, **kwargs)
-        residual, rows = steps.joined(layer.attention.output, context, residual, layer.ln, seed, 2 * number)
-        rows = steps.activated(layer.intermediate.dense, rows)
-        residual, rows = steps.joined(layer.output, rows, residual, norm, seed, 2 * number + 1)
+        residual, rows = _run_layer(steps, layer, norm, seed, 2 * number, residual, rows, *args, **kwargs)
     return residual, rows
+
+
+def _run_layer(
+    steps: Steps, layer: Any, norm: nn.LayerNorm, seed: Tensor | None, site: int, residual: Tensor, rows: Any,
+    *args: Any, **kwargs: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """A function of its own, without a loop: where a compiler is stopped within attention, it compiles what is around
+    that.
+    """
+    context, _ = layer.attention.self(rows, *args, **kwargs)
+    residual, rows = steps.joined(layer.attention.output, context, residual, layer.ln, seed, site)
+    rows = steps.activated(layer.intermediate.dense, rows)
+    return steps.joined(layer.output, rows, residual, norm, seed, site + 1)
 
 
 def dropout_of(half: Any) -> float:
@@ -132,7 +149,13 @@ def _joined(
     half: Any, states: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int
 ) -> tuple[Tensor, Tensor]:
     """The end of a layer's half, whose states come back into the residual path, and the next half's norm."""
-    product, dropout = functional.linear(states, half.dense.weight), dropout_of(half)
+    return _ended(half, functional.linear(states, half.dense.weight), residual, norm, seed, site)
+
+
+def _ended(
+    half: Any, product: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int
+) -> tuple[Tensor, Tensor]:
+    dropout = dropout_of(half)
     return residual_norm(
         product, half.dense.bias, residual, norm.weight, norm.bias,
         eps=norm.eps, dropout=dropout, seed=seed if dropout > 0.0 else None, site=site,
@@ -144,3 +167,23 @@ def _themselves(normed: Tensor) -> Tensor:
 
 
 BFLOAT16 = Steps(_first, _activated, _joined, _themselves)
+
+
+# --- in bfloat16, on tensor-parallel ranks (`parallel.layers`; attention enters the sharded region by itself)
+
+
+def _activated_on_ranks(dense: Any, normed: Tensor) -> Tensor:
+    return biased_gelu(dense.region.enter_linear(normed, dense.weight), dense.bias)
+
+
+def _joined_on_ranks(
+    half: Any, states: Tensor, residual: Tensor, norm: nn.LayerNorm, seed: Tensor | None, site: int
+) -> tuple[Tensor, Tensor]:
+    """As `_joined`. What the seed says is dropped alike on every rank, or on its own tokens by each: it is drawn from
+    the stream in force (`SequenceParallelEncoder`).
+    """
+    product = half.dense.region.leave_linear(states, half.dense.weight)
+    return _ended(half, product, residual, norm, seed, site)
+
+
+BFLOAT16_ON_RANKS = Steps(_first, _activated_on_ranks, _joined_on_ranks, _themselves)
