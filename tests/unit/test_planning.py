@@ -114,6 +114,31 @@ def test_a_step_takes_what_an_h100_took(size, rows, recompute, seconds):
     assert step_time(job, layout, H100).total == pytest.approx(seconds, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "layout", "seconds"),
+    [
+        ("345m", 128, Layout(replicate=2, micro_rows=64), 0.1517),
+        ("3.9b", 16, Layout(tensor=2, sequence_parallel=True, micro_rows=16), 0.2506),
+        ("3.9b", 32, Layout(shard=2, micro_rows=16), 0.4639),
+    ],
+)
+def test_a_step_takes_what_two_h100_took(size, rows, layout, seconds):
+    """`benchmarks/scaling.py --gpus 2 --group bert`."""
+    hidden, layers, heads = SIZES[size]
+    job = Job(config_of(hidden, layers, heads, 29056), 2, rows)
+    assert step_time(job, layout, H100).total == pytest.approx(seconds, rel=0.10)
+
+
+def test_a_host_limits_small_passes_of_sharded_layers_alone():
+    """A quarter of the rows in each of four passes: the host's share is the same for each."""
+    sharded, replicated = Layout(shard=2, micro_rows=4), Layout(replicate=2, micro_rows=4)
+    assert step_time(Job(BERT_345M, 2, 8), replicated, H100).host == 0
+    one, four = (step_time(Job(BERT_345M, 2, rows), sharded, H100) for rows in (8, 32))
+    assert four.host == pytest.approx(4 * one.host)
+    assert one.host > one.computation
+    assert step_time(Job(BERT_345M, 2, 512), Layout(shard=2, micro_rows=256), H100).host == 0
+
+
 # --- Communication
 
 

@@ -94,15 +94,17 @@ def _parts(logits_MV: Tensor, local_targets_M: Tensor, highest_M: Tensor, place_
     is_here_M = (local_targets_M >= 0) & (local_targets_M < rows)
     target_logits_M = logits_MV.gather(-1, local_targets_M.clamp(0, rows - 1)[:, None])[:, 0].float()
     is_beaten_M = (highest_M == top_M) & (place_M < local_targets_M)
-    sums_M = (logits_MV.float() - top_M[:, None]).exp().sum(-1)
+    sums_M = torch.sub(logits_MV, top_M[:, None]).exp_().sum(-1)
     return torch.stack([sums_M, target_logits_M.where(is_here_M, 0.0), is_beaten_M.float()])
 
 
 def _gradient(logits_MV: Tensor, local_targets_M: Tensor, top_M: Tensor, sums_M: Tensor, gradient_M: Tensor) -> Tensor:
     """The softmax, less 1 at the target."""
-    softmax_MV = (logits_MV.float() - top_M[:, None]).exp() / sums_M[:, None]
+    gradient_MV = (
+        torch.sub(logits_MV, top_M[:, None]).exp_().div_(sums_M[:, None])
+    )  # float32, and in place from here on
     is_target_MV = torch.arange(logits_MV.shape[-1], device=logits_MV.device) == local_targets_M[:, None]
-    return ((softmax_MV - is_target_MV.float()) * gradient_M[:, None]).to(logits_MV.dtype)
+    return gradient_MV.add_(is_target_MV, alpha=-1).mul_(gradient_M[:, None]).to(logits_MV.dtype)
 
 
 class _Pieces(NamedTuple):

@@ -24,6 +24,7 @@ from megatron_bert.planning.parameters import layer_matrices, outer_matrices, ra
 __all__ = ["StepTime", "step_flops", "step_time"]
 
 _BF16 = 2
+_HOST_LAYER_SECONDS = 9e-3  # forward and backward: 3.9b sharded over two H100 (benchmarks/RESULTS.md)
 _TILE = (128, 256)  # of a result, that one multiprocessor computes: what cuBLAS takes for large products on Hopper
 
 
@@ -38,6 +39,8 @@ class StepTime:
         optimizer: AdamW, the gradient's norm and the weights' conversion to bfloat16.
         tensor_communication: what tensor-parallel ranks exchange; the layer waits for it.
         data_communication: what data-parallel ranks exchange, as far as computation does not hide it.
+        host: what a GPU waits for its host, which queues the kernels of sharded layers one by one; other layers'
+            are recorded (`training.graphs`).
     """
 
     products: float
@@ -46,11 +49,12 @@ class StepTime:
     optimizer: float
     tensor_communication: float
     data_communication: float
+    host: float
 
     @property
     def total(self) -> float:
         """Of the step."""
-        return self.computation + self.tensor_communication + self.data_communication
+        return self.computation + self.tensor_communication + self.data_communication + self.host
 
     @property
     def computation(self) -> float:
@@ -70,14 +74,18 @@ def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
     parts = (product_seconds, attention_seconds, elementwise_seconds)
     products, attention, elementwise = (part(job, layout, gpu) for part in parts)
     exposed = exposed_data_seconds(job, layout, gpu, products + attention + elementwise)
+    in_tensor = tensor_seconds(job, layout, gpu)
+    busy = passes * (products + attention + elementwise + exposed) + in_tensor
+    queued = passes * job.config.num_hidden_layers * _HOST_LAYER_SECONDS if layout.fully_sharded else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,
         elementwise=passes * elementwise,
         optimizer=optimizer_seconds(job, layout, gpu),
-        tensor_communication=tensor_seconds(job, layout, gpu),
+        tensor_communication=in_tensor,
         data_communication=passes * exposed
         + sum(collective_seconds(one, layout, gpu) for one in replica_collectives(job, layout)),
+        host=max(queued - busy, 0.0),
     )
 
 
@@ -130,7 +138,7 @@ def elementwise_bytes(job: Job, layout: Layout) -> float:
     """
     config, tensor = job.config, layout.tensor
     on_shards = tensor if layout.sequence_parallel else 1
-    has_kernels = tensor == layout.shard == 1 and layout.recompute != "full"
+    has_kernels = not layout.fully_sharded and layout.recompute != "full"
     residual_forward, residual_backward, bias_sum = (16, 20, 0) if has_kernels else (20, 2 * 12 + 2 * 5 + 2 * 2, 2)
     forward = residual_forward * config.hidden_size / on_shards + 4 * config.intermediate_size / tensor
     split = (12 + 6) / tensor
