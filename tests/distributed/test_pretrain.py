@@ -80,6 +80,12 @@ def test_the_same_run(
     assert_same_run(run, alone)
 
 
+def test_weights_are_shared_where_they_have_to_be(world: Callable[[int], World]) -> None:
+    """Replicas, shards, tensor-parallel degree, sequence parallelism."""
+    assert world(4).run(pretrain_cases.layout, fits_whole=True) == 4 * [[4, 1, 1, 0]]
+    assert world(4).run(pretrain_cases.layout) == 4 * [[1, 4, 1, 0]]
+
+
 def test_muon_on_a_mesh(world: Callable[[int], World], folder: Path) -> None:
     """Its iteration rounds to bfloat16: a rounding of float32 before it may come out as one of bfloat16."""
     recipe, muon = folder / "recipe.yaml", ["optimizer.kind=muon", "training.steps=10"]

@@ -24,7 +24,7 @@ from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
-from megatron_bert.parallel.launch import agreed, check_agreement
+from megatron_bert.parallel.launch import agreed
 from megatron_bert.parallel.materialize import initialize, materialize
 from megatron_bert.tasks.adapter import fill_adapters, put_adapters
 from megatron_bert.tasks.configuration import FinetuneConfiguration
@@ -36,7 +36,7 @@ from megatron_bert.training.configuration import TrainingSection
 from megatron_bert.training.execution import make_ready, pass_graphs, should_compile
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.ranks import Ranks
-from megatron_bert.training.setup import begun_state, facts
+from megatron_bert.training.setup import begun_state, laid_out
 from megatron_bert.training.state import TrainState
 from megatron_bert.training.supervised import SupervisedObjective
 
@@ -78,9 +78,7 @@ def open_inputs(name: str, configuration: FinetuneConfiguration, device: torch.d
     Raises:
         UserError: the processes do not fit the mesh, a file cannot be used, or the checkpoint's head has other labels.
     """
-    ranks = agreed(lambda: Ranks.of(configuration.mesh, device))
-    if ranks.mesh is not None:
-        check_agreement(facts(configuration))
+    ranks = laid_out(configuration, configuration.model, device)
     if configuration.lora and ranks.mesh is not None and ranks.mesh.tensor_degree > 1:
         raise UserError("lora with mesh.tensor: adapters are not split over tensor-parallel processes; leave one out")
     return agreed(lambda: _read(name, configuration, device, ranks))

@@ -252,7 +252,7 @@ class MeshSection(Section):
     tensor: int = Field(1, gt=0)  # tensor-parallel degree: processes that share a sample and each layer's matrices
     sequence_parallel: bool = False  # between those matrices, each of them holds a part of the tokens
     overlap: bool = False  # with it: GPUs of one host copy tokens from each other while they multiply others
-    shard: int | None = Field(None, gt=0)  # data-parallel ranks that share weights and states; default: all; 1: none
+    shard: int | None = Field(None, gt=0)  # data-parallel ranks that share weights and states; default: `laid_out`
     keep_layers: bool = False  # put together once a pass instead of twice: more memory, less traffic
     timeout_seconds: float = Field(600, gt=0)  # a process that is waited for longer ends the run
 

@@ -21,10 +21,19 @@ from megatron_bert.model import (
     MegatronBertForPreTraining,
 )
 from megatron_bert.parallel.materialize import initialize
+from megatron_bert.planning.parameters import layer_parameters
 from megatron_bert.training.configuration import ModelSection, ObjectiveSection, PretrainConfiguration
 from megatron_bert.training.initialization import scale_residual_projections
 
-__all__ = ["Network", "config_to_start_from", "empty_network", "fill_network", "network_config"]
+__all__ = [
+    "Network",
+    "StartingSection",
+    "config_to_start_from",
+    "empty_network",
+    "fill_network",
+    "network_config",
+    "num_layer_parameters",
+]
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +71,25 @@ def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTo
     config = config_to_start_from(section, len(tokenizer), where, {"data.row_tokens": configuration.data.row_tokens})
     config.is_decoder = configuration.objective.kind == "causal"
     return config
+
+
+def num_layer_parameters(section: StartingSection) -> int | None:
+    """Of all layers together, before the vocabulary is known; None where the checkpoint to start from is not there."""
+    if isinstance(section, ModelSection) and section.start_from is None:
+        assert section.hidden_size
+        assert section.num_hidden_layers
+        assert section.num_attention_heads
+        config = MegatronBertConfig(
+            hidden_size=section.hidden_size,
+            num_hidden_layers=section.num_hidden_layers,
+            num_attention_heads=section.num_attention_heads,
+            intermediate_size=section.intermediate_size or 4 * section.hidden_size,
+        )
+    elif section.start_from is None or not section.start_from.is_dir():
+        return None
+    else:
+        config = check_model(section.start_from)
+    return config.num_hidden_layers * layer_parameters(config)
 
 
 def empty_network(config: MegatronBertConfig, objective: ObjectiveSection) -> Network:

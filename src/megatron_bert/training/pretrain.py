@@ -101,7 +101,10 @@ def _out_of_memory(setup: Setup) -> str:
     ways = [] if rows == 1 else [f"runtime.micro_batch_samples (it is {rows})"]
     ways += [] if runtime.recompute == "full" else ["activations with runtime.recompute=full"]
     ways.append(f"data.row_tokens (it is {setup.configuration.data.row_tokens})")
-    return f"out of GPU memory: lower {', or '.join(ways)}; `megatron-bert plan` says what a size needs"
+    mesh = setup.ranks.mesh
+    groups = 1 if mesh is None or mesh.is_sharded else mesh.data_degree
+    shared = f", or share weights between GPUs with mesh.shard={groups}" if groups > 1 else ""
+    return f"out of GPU memory: lower {', or '.join(ways)}{shared}; `megatron-bert plan` says what a size needs"
 
 
 def _wire(

@@ -35,8 +35,11 @@ class Ranks:
     mesh: ParallelMesh | None = None
 
     @classmethod
-    def of(cls, section: MeshSection, device: torch.device) -> Ranks:
+    def of(cls, section: MeshSection, device: torch.device, *, fits_whole: bool = False) -> Ranks:
         """All processes that have joined.
+
+        Args:
+            fits_whole: weights and states need not be shared, unless the recipe says so.
 
         Raises:
             UserError: they cannot be laid out as the recipe says.
@@ -48,7 +51,7 @@ class Ranks:
                 f"mesh.tensor {section.tensor} with {num_processes} process{'es' if num_processes > 1 else ''}: start "
                 f"a multiple of {section.tensor} (torchrun --nproc-per-node {section.tensor} -m megatron_bert ...)"
             )
-        shard = section.shard or groups
+        shard = section.shard or (1 if fits_whole else groups)
         if groups % shard:
             raise UserError(
                 f"mesh.shard {section.shard} with {groups} data-parallel ranks ({num_processes} processes, mesh.tensor "

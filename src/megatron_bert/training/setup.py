@@ -22,13 +22,27 @@ from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig
-from megatron_bert.parallel.launch import agreed, check_agreement, is_launched, joined_processes, local_device
+from megatron_bert.parallel.launch import (
+    agreed,
+    check_agreement,
+    exchange,
+    is_launched,
+    joined_processes,
+    local_device,
+)
 from megatron_bert.parallel.materialize import initialize, materialize
 from megatron_bert.training.configuration import OptimizerSection, PretrainConfiguration
 from megatron_bert.training.corpus import Corpus, open_corpus
 from megatron_bert.training.execution import build_objective, should_compile
 from megatron_bert.training.float8 import check_device
-from megatron_bert.training.network import Network, empty_network, fill_network, network_config
+from megatron_bert.training.network import (
+    Network,
+    StartingSection,
+    empty_network,
+    fill_network,
+    network_config,
+    num_layer_parameters,
+)
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.ranks import Ranks
@@ -37,10 +51,11 @@ from megatron_bert.training.session import Recipe
 from megatron_bert.training.state import TrainState, restore
 from megatron_bert.training.step import Minimised
 
-__all__ = ["Setup", "begun_state", "facts", "joined", "set_up"]
+__all__ = ["Setup", "begun_state", "joined", "laid_out", "set_up"]
 
 log = logging.getLogger(__name__)
 
+_STATE_BYTES = 16  # a parameter: the weight, its gradient and AdamW's two moments, in float32
 _GRACE_SECONDS = 60  # that the library waits longer than we do, whose message says more
 
 
@@ -157,11 +172,9 @@ def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
     Raises:
         UserError: the processes do not fit the mesh, the device lacks the precision, or what `open_corpus` finds.
     """
-    ranks = agreed(lambda: Ranks.of(configuration.mesh, device))
+    ranks = laid_out(configuration, configuration.model, device)
     if configuration.training.precision == "float8":
         agreed(lambda: check_device(device))
-    if ranks.mesh is not None:
-        check_agreement(facts(configuration))
     tokenizer = agreed(lambda: load_tokenizer(configuration.data.tokenizer))
     corpus = agreed(lambda: open_corpus(configuration, tokenizer))
     layout = agreed(lambda: corpus.best_layout(_layout(configuration, ranks)))
@@ -169,7 +182,22 @@ def set_up(configuration: PretrainConfiguration, device: torch.device) -> Setup:
     return Setup(configuration, device, ranks, tokenizer, corpus, layout, identity)
 
 
-def facts(configuration: Recipe) -> dict[str, str]:
+def laid_out(recipe: Recipe, model: StartingSection, device: torch.device) -> Ranks:
+    """The processes as the recipe says. Where it does not say how many share one set of weights, each GPU has its own
+    if weights, gradients and optimizer states, 16 bytes a parameter, take up at most a third of it.
+
+    Raises:
+        UserError: the processes do not fit the mesh, or were not started alike.
+    """
+    if dist.is_initialized():
+        check_agreement(_facts(recipe))
+    parameters, is_gpu = agreed(lambda: num_layer_parameters(model)), device.type == "cuda"
+    memory = min(exchange(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
+    fits_whole = parameters is not None and _STATE_BYTES * parameters / recipe.mesh.tensor <= memory / 3
+    return agreed(lambda: Ranks.of(recipe.mesh, device, fits_whole=fits_whole))
+
+
+def _facts(configuration: Recipe) -> dict[str, str]:
     """What has to be the same on all processes."""
     recipe = hashlib.sha256(configuration.as_yaml().encode()).hexdigest()[:12]
     return {"the recipe (its fingerprint)": recipe, "megatron-bert's code (its fingerprint)": _fingerprint_of_code(),
