@@ -63,7 +63,9 @@ def replicated(folder: Path) -> Path:
     return folder / "replicated"
 
 
-@pytest.mark.parametrize("layout", [SHARDED, TENSOR, SEQUENCE, OVERLAP], ids=["sharded", "tensor", "sequence", "overlap"])
+@pytest.mark.parametrize(
+    "layout", [SHARDED, TENSOR, SEQUENCE, OVERLAP], ids=["sharded", "tensor", "sequence", "overlap"]
+)
 def test_layouts_train_alike(folder: Path, tmp_path: Path, replicated: Path, layout: list[str]) -> None:
     """Within what bfloat16 rounds, which grows from step to step."""
     reference, found = losses(replicated), finished(folder, tmp_path / "run", layout)
