@@ -19,11 +19,12 @@ install: $(STAMP)
 
 # The stamp's name holds the checksum of what defines the environment, so a changed pin makes a new environment.
 # torch comes first and exactly: where pip knows a local build of it (CPU only), that is the one taken.
+# PEP 517, also for packages without a pyproject.toml (seqeval): what they are built with is put in place by pip, whole.
 $(STAMP):
 	rm -rf $(VENV)
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet "$(TORCH)"
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m pip install --quiet --use-pep517 -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
