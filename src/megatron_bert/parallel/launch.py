@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+
+# gloo's threads let go of the tensors that they sent last, and need Python's lock for it: where the interpreter ends
+# first, they abort it.
+_LETTING_GO_SECONDS = 0.1
 
 # What gloo and NCCL say where another process is gone or silent.
 _LOST = re.compile(
@@ -96,6 +101,7 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
         raise
     finally:
         if dist.is_initialized():
+            time.sleep(_LETTING_GO_SECONDS)
             dist.destroy_process_group()
 
 
