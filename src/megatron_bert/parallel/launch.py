@@ -86,6 +86,7 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
             device_id=device if is_gpu else None,
         )
         yield
+        time.sleep(_LETTING_GO_SECONDS)
     except SharedError:
         raise
     except RuntimeError as error:
@@ -101,7 +102,6 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
         raise
     finally:
         if dist.is_initialized():
-            time.sleep(_LETTING_GO_SECONDS)
             dist.destroy_process_group()
 
 
