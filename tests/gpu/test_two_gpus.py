@@ -28,7 +28,7 @@ SHARDED = ["mesh.shard=2"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of rows of 256 tokens, and layers of the kernels that large models have."""
+    """Of layers that the kernels of large models take: heads of 64, several in a compiled run."""
     folder = tmp_path_factory.mktemp("gpus")
     prepare(folder)
     write_recipe(

@@ -9,18 +9,16 @@ import torch
 
 from megatron_bert.model import MegatronBertConfig, MegatronBertForPreTraining
 from megatron_bert.planning.devices import GIB
-from megatron_bert.training import setup
 from megatron_bert.training.configuration import MeshSection, ModelSection
 from megatron_bert.training.network import num_layer_parameters
+from megatron_bert.training.setup import _fits_whole
 
 
 def fits_whole(monkeypatch: pytest.MonkeyPatch, model: ModelSection, device: str, gib: float, **mesh: Any) -> bool:
-    """What `laid_out` says of it, where each of several GPUs has so much memory."""
-    found: list[bool] = []
+    """Of it, where each of several GPUs has so much memory."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * GIB))
-    monkeypatch.setattr(setup.Ranks, "of", lambda *_, fits_whole: found.append(fits_whole))
-    setup.laid_out(SimpleNamespace(mesh=MeshSection(**mesh)), model, torch.device(device))  # type: ignore[arg-type]
-    return found[0]
+    recipe: Any = SimpleNamespace(mesh=MeshSection(**mesh))
+    return _fits_whole(recipe, model, torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,7 @@ def _parts(logits_MV: Tensor, local_targets_M: Tensor, highest_M: Tensor, place_
 
 def _gradient(logits_MV: Tensor, local_targets_M: Tensor, top_M: Tensor, sums_M: Tensor, gradient_M: Tensor) -> Tensor:
     """The softmax, less 1 at the target."""
-    gradient_MV = (
-        torch.sub(logits_MV, top_M[:, None]).exp_().div_(sums_M[:, None])
-    )  # float32, and in place from here on
+    gradient_MV = torch.sub(logits_MV, top_M[:, None]).exp_().div_(sums_M[:, None])  # float32; from here on in place
     is_target_MV = torch.arange(logits_MV.shape[-1], device=logits_MV.device) == local_targets_M[:, None]
     return gradient_MV.add_(is_target_MV, alpha=-1).mul_(gradient_M[:, None]).to(logits_MV.dtype)
 

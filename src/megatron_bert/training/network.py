@@ -66,7 +66,7 @@ def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTo
     """
     section = configuration.model
     if section.start_from is None:
-        return _fresh_config(section, tokenizer)
+        return _fresh_config(section, len(tokenizer), tokenizer.pad_token_id)
     where = f"with data.tokenizer {tokenizer.name_or_path}"
     config = config_to_start_from(section, len(tokenizer), where, {"data.row_tokens": configuration.data.row_tokens})
     config.is_decoder = configuration.objective.kind == "causal"
@@ -75,20 +75,13 @@ def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTo
 
 def num_layer_parameters(section: StartingSection) -> int | None:
     """Of all layers together, before the vocabulary is known; None where the checkpoint to start from is not there."""
-    if isinstance(section, ModelSection) and section.start_from is None:
-        assert section.hidden_size
-        assert section.num_hidden_layers
-        assert section.num_attention_heads
-        config = MegatronBertConfig(
-            hidden_size=section.hidden_size,
-            num_hidden_layers=section.num_hidden_layers,
-            num_attention_heads=section.num_attention_heads,
-            intermediate_size=section.intermediate_size or 4 * section.hidden_size,
-        )
-    elif section.start_from is None or not section.start_from.is_dir():
-        return None
-    else:
+    if section.start_from is None:
+        assert isinstance(section, ModelSection)
+        config = _fresh_config(section, num_tokens=1, pad_token_id=0)
+    elif section.start_from.is_dir():
         config = check_model(section.start_from)
+    else:
+        return None
     return config.num_hidden_layers * layer_parameters(config)
 
 
@@ -124,13 +117,13 @@ def fill_network(network: Network, start_from: Path | None, seed: int) -> None:
         scale_residual_projections(network, network.config.num_hidden_layers)
 
 
-def _fresh_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> MegatronBertConfig:
+def _fresh_config(section: ModelSection, num_tokens: int, pad_token_id: int | None) -> MegatronBertConfig:
     multiple = section.vocabulary_multiple
     assert section.hidden_size
     assert section.num_hidden_layers
     assert section.num_attention_heads
     return MegatronBertConfig(
-        vocab_size=-(-len(tokenizer) // multiple) * multiple,
+        vocab_size=-(-num_tokens // multiple) * multiple,
         hidden_size=section.hidden_size,
         num_hidden_layers=section.num_hidden_layers,
         num_attention_heads=section.num_attention_heads,
@@ -139,7 +132,7 @@ def _fresh_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> 
         hidden_dropout_prob=section.hidden_dropout_prob,
         attention_probs_dropout_prob=section.attention_probs_dropout_prob,
         initializer_range=section.initializer_range,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token_id,
     )
 
 

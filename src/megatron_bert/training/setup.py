@@ -189,12 +189,18 @@ def laid_out(recipe: Recipe, model: StartingSection, device: torch.device) -> Ra
     Raises:
         UserError: the processes do not fit the mesh, or were not started alike.
     """
+    fits_whole = False
     if dist.is_initialized():
         check_agreement(_facts(recipe))
+        fits_whole = recipe.mesh.shard is None and _fits_whole(recipe, model, device)
+    return agreed(lambda: Ranks.of(recipe.mesh, device, fits_whole=fits_whole))
+
+
+def _fits_whole(recipe: Recipe, model: StartingSection, device: torch.device) -> bool:
+    """Whether they fit into a third of the smallest GPU; of CPUs it is not known."""
     parameters, is_gpu = agreed(lambda: num_layer_parameters(model)), device.type == "cuda"
     memory = min(exchange(torch.cuda.get_device_properties(device).total_memory if is_gpu else 0))
-    fits_whole = parameters is not None and _STATE_BYTES * parameters / recipe.mesh.tensor <= memory / 3
-    return agreed(lambda: Ranks.of(recipe.mesh, device, fits_whole=fits_whole))
+    return parameters is not None and _STATE_BYTES * parameters / recipe.mesh.tensor <= memory / 3
 
 
 def _facts(configuration: Recipe) -> dict[str, str]:
