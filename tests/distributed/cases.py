@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _symmetric_memory
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -25,6 +27,7 @@ from megatron_bert.checkpoint.tensors import read_tensors, write_tensors
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
+from megatron_bert.parallel import overlap
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import complete_gradients, gradient_norm
 from megatron_bert.parallel.launch import check_agreement
@@ -60,12 +63,47 @@ def mesh_of(tensor: int, sequence_parallel: bool = False, replicate: int = 1, ov
 
 
 @cache
-def overlap_on_cpus() -> torch.library.Library:
-    """The overlapped operators do on CPUs what PyTorch says that they stand for: first one thing, then the other."""
-    library = torch.library.Library("symm_mem", "IMPL")
-    for name in ("fused_all_gather_matmul", "fused_matmul_reduce_scatter"):
-        library.impl(name, getattr(_symmetric_memory, f"_{name}_fallback"), "CPU")
-    return library
+def overlap_on_cpus() -> None:
+    """The overlapped operators do on CPUs what they do on GPUs, one thing after the other."""
+    overlap._Mailbox, overlap._now = SharedMailbox, lambda: None
+    for operator in (
+        overlap.gather_multiply, overlap.gather_multiply_backward,
+        overlap.multiply_scatter, overlap.multiply_scatter_backward,
+    ):  # fmt: skip
+        operator.register_kernel("cpu")(operator._init_fn)
+
+
+class SharedMailbox(overlap._Mailbox):
+    """In memory that processes share, in place of memory that GPUs reach. New memory is NaN: nobody reads it early."""
+
+    def __init__(self, group: dist.ProcessGroup, like: Tensor, shape: Sequence[int]) -> None:
+        self.degree, self.rank, self.group = group.size(), group.rank(), group
+        names: list[Any] = [None] * self.degree
+        with NamedTemporaryFile() as file:
+            dist.all_gather_object(names, file.name, group=group)
+            shape = (self.degree, *shape)
+            self.everywhere = [
+                torch.from_file(name, shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+                for name in names
+            ]
+            self.slots = self.everywhere[self.rank].fill_(torch.nan)
+            self.barrier()
+
+    @contextmanager
+    def beside(self, event: None) -> Iterator[None]:
+        yield
+
+    def send(self, states: Tensor, rank: int, event: None) -> None:
+        self.everywhere[rank][self.rank] = states
+
+    def arrived(self, sent: None = None) -> None:
+        self.barrier()
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
+
+    def rejoin(self) -> None:
+        pass
 
 
 def build(model_class: Any = MegatronBertForPreTraining, **changes: Any) -> Any:

@@ -158,9 +158,9 @@ def cross_entropy_equals_torch(*, compiled: bool = False, dtype: torch.dtype = t
 def overlapped_traffic() -> dict[str, list[str]]:
     """The collectives of an overlapped layer's forward and backward pass, and the operators that do them."""
     _, model, region = twins(True, overlap=True)
-    with Traffic("symm_mem", "_c10d_functional") as forward:
+    with Traffic("megatron_bert", "_c10d_functional") as forward:
         output = model.bert.encoder.layer[0](hidden(TOKENS // region.degree), num_tokens=TOKENS)
-    with Traffic("symm_mem", "_c10d_functional") as backward:
+    with Traffic("megatron_bert", "_c10d_functional") as backward:
         output.sum().backward()
     return {"forward": [name for name, _ in forward.sent], "backward": [name for name, _ in backward.sent]}
 

@@ -24,9 +24,10 @@ def test_attention_mlp_and_layer(world, ranks, sequence_parallel, num_tokens):
     world(ranks).run(layer_cases.blocks, sequence_parallel=sequence_parallel, num_tokens=num_tokens)
 
 
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("num_tokens", [8, 7])
-def test_products_that_overlap_with_communication(world, num_tokens):
-    world(2).run(layer_cases.blocks, sequence_parallel=True, num_tokens=num_tokens, overlap=True)
+def test_products_that_overlap_with_communication(world, ranks, num_tokens):
+    world(ranks).run(layer_cases.blocks, sequence_parallel=True, num_tokens=num_tokens, overlap=True)
 
 
 @pytest.mark.parametrize(("ranks", "compiled"), [(2, False), (4, False), (2, True)])
@@ -55,10 +56,9 @@ def test_a_layer_under_sequence_parallelism(world):
 
 def test_an_overlapped_layer_leaves_no_collective_alone(world):
     """Each of the eight is done together with the product beside it: queries, keys and values are one product."""
-    gathers, scatters = "fused_all_gather_matmul", "fused_matmul_reduce_scatter"
     assert world(2).run(layer_cases.overlapped_traffic)[0] == {
-        "forward": [gathers, scatters, gathers, scatters],
-        "backward": [gathers, scatters, gathers, scatters],
+        "forward": 2 * ["gather_multiply", "multiply_scatter"],
+        "backward": 2 * ["multiply_scatter_backward", "gather_multiply_backward"],
     }
 
 

@@ -1,20 +1,26 @@
 """Products that go on while their operands travel: what PyTorch calls asynchronous tensor parallelism.
 
 Under sequence parallelism (arXiv 2205.05198, section 4.2.2) a column-parallel product follows an all-gather of tokens,
-and a reduce-scatter follows a row-parallel one; in the backward pass it is the other way round. PyTorch's `symm_mem`
-operators do both at once, a rank's tokens at a time: while those of one are multiplied, those of the next are copied
-from its memory. The GPUs have to reach each other's memory.
+and a reduce-scatter follows a row-parallel one; in the backward pass it is the other way round. Here a rank writes what
+another one needs into that one's memory (symmetric memory: each GPU of a host sees the others'), and multiplies
+meanwhile. The copies take no multiprocessor. (PyTorch has such operators, too, `symm_mem.fused_all_gather_matmul` and
+`fused_matmul_reduce_scatter`, with three barriers each, a copy more, and a sum apart from the products.)
 
-T tokens, t = T / degree, K input and N output features; any dimensions before or after that of the tokens.
+T tokens of all ranks, one rank's after the other's; t = T / degree of one; K input and N output features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _symmetric_memory  # noqa: F401  (registers the operators)
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_bert.errors import UserError
@@ -34,53 +40,257 @@ def check_overlap(mesh: DeviceMesh) -> None:
                         "memory (NVLink); leave it out here")  # fmt: skip
 
 
-def gathered_product(states: Tensor, weight: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
-    """`states` (..., t, ..., K), this rank's tokens in `dim`, of all ranks times `weight` (N, K): (..., T, ..., N)."""
-    product: Tensor = _Gathered.apply(states, weight, dim, mesh.get_group().group_name)  # type: ignore[no-untyped-call]
+def gathered_product(states: Tensor, weight: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`states` (t, K), this rank's tokens, of all ranks times `weight` (N, K): (T, N)."""
+    product: Tensor = gather_multiply(states, weight, mesh.get_group().group_name)[0]
     return product
 
 
-def scattered_product(states: Tensor, weight: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
-    """`states` (..., T, ..., K) times `weight` (N, K), summed over the ranks: (..., t, ..., N), this rank's tokens in
-    `dim`.
+def scattered_product(states: Tensor, weight: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`states` (T, K) times `weight` (N, K), summed over the ranks: (t, N), this rank's tokens."""
+    product: Tensor = multiply_scatter(states, weight, mesh.get_group().group_name)
+    return product
+
+
+# --- what is sent
+
+
+class _Mailbox:
+    """Memory of each rank that the others write to.
+
+    Attributes:
+        slots: (degree, t, features), this rank's: the one at n is written by the rank n.
     """
-    product: Tensor = _Scattered.apply(states, weight, dim, mesh.get_group().group_name)  # type: ignore[no-untyped-call]
-    return product
+
+    def __init__(self, group: dist.ProcessGroup, like: Tensor, shape: Sequence[int]) -> None:
+        self.degree, self.rank = group.size(), group.rank()
+        self.slots = symmetric_memory.empty(self.degree, *shape, dtype=like.dtype, device=like.device)
+        self._memory = symmetric_memory.rendezvous(self.slots, group)
+        self._side = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+
+    def away(self, steps: int) -> int:
+        """The rank so many after this one, or before it."""
+        return (self.rank + steps) % self.degree
+
+    @contextmanager
+    def beside(self, event: torch.cuda.Event) -> Iterator[None]:
+        """What is queued in here follows `event` only, and is waited for by `rejoin`. Where the event is also followed
+        by a product, queue that first: a recorded graph begins it sooner, and it takes longer than a copy.
+        """
+        self._side.wait_event(event)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def send(self, states: Tensor, rank: int, event: torch.cuda.Event) -> torch.cuda.Event:
+        """To a rank, following `event`; `states` have to be kept until all have `arrived`."""
+        there = self._memory.get_buffer(rank, states.shape, states.dtype, self.rank * self.slots.stride(0))
+        with self.beside(event):
+            there.copy_(states)
+            return _now()
+
+    def arrived(self, sent: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        """What is queued after this finds what each rank has sent: all of it, or until its `sent`."""
+        if sent is None:
+            self.rejoin()
+        else:
+            torch.cuda.current_stream().wait_event(sent)
+        self.barrier()
+        return _now()
+
+    def barrier(self) -> None:
+        """The ranks' GPUs wait for each other here."""
+        self._memory.barrier()
+
+    def rejoin(self) -> None:
+        """What is queued after this follows what was queued `beside`."""
+        torch.cuda.current_stream().wait_stream(self._side)
 
 
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, dim: int, group: str) -> Tensor:
-        gathered, (product,) = torch.ops.symm_mem.fused_all_gather_matmul(states.contiguous(), [weight.mT], dim, group)
-        ctx.save_for_backward(gathered, weight)
-        ctx.dim, ctx.group = dim, group
-        return product  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        gathered, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        of_states = torch.ops.symm_mem.fused_matmul_reduce_scatter(gradient, weight, "sum", ctx.dim, ctx.group)
-        return of_states, _of_weight(gradient, gathered), None, None
+def _now() -> torch.cuda.Event:
+    return torch.cuda.current_stream().record_event()  # type: ignore[no-any-return]
 
 
-class _Scattered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, dim: int, group: str) -> Tensor:
-        states = states.contiguous()
-        ctx.save_for_backward(states, weight)
-        ctx.dim, ctx.group = dim, group
-        return torch.ops.symm_mem.fused_matmul_reduce_scatter(states, weight.mT, "sum", dim, group)  # type: ignore[no-any-return]
+class _Mailboxes:
+    """Those of a group of ranks, some for gathering and some for scattering, which are done in turn: a layer's passes
+    begin with the one and end with the other. So between two uses of a mailbox there is a barrier in the other's, which
+    nobody has passed before all have read. Where two of a kind follow each other, there is a barrier between them.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        states, weight = ctx.saved_tensors
-        gathered, (of_states,) = torch.ops.symm_mem.fused_all_gather_matmul(
-            gradient.contiguous(), [weight], ctx.dim, ctx.group
-        )
-        return of_states, _of_weight(gathered, states), None, None
+    def __init__(self) -> None:
+        self._all: dict[Any, _Mailbox] = {}
+        self._last = ""
+
+    def take(self, kind: str, group: dist.ProcessGroup, like: Tensor, shape: Sequence[int]) -> _Mailbox:
+        key = (kind, like.dtype, like.device, *shape)
+        if key not in self._all:
+            self._all[key] = _Mailbox(group, like, shape)
+        if self._last == kind:
+            self._all[key].barrier()
+        self._last = kind
+        return self._all[key]
 
 
-def _of_weight(gradient: Tensor, states: Tensor) -> Tensor:
-    """(N, K), from all tokens' (..., N) and (..., K)."""
-    return gradient.flatten(0, -2).mT @ states.flatten(0, -2)
+_mailboxes: WeakKeyDictionary[dist.ProcessGroup, _Mailboxes] = WeakKeyDictionary()
+
+
+def _ranks(group: str) -> dist.ProcessGroup:
+    return _resolve_process_group(dist.distributed_c10d.GroupName(group))
+
+
+def _mailbox(kind: str, group: str, like: Tensor, shape: Sequence[int]) -> _Mailbox:
+    ranks = _ranks(group)
+    return _mailboxes.setdefault(ranks, _Mailboxes()).take(kind, ranks, like, shape)
+
+
+# --- the operators; a tensor of all ranks' tokens is seen as (degree, t, features) within
+
+
+@torch.library.custom_op("megatron_bert::gather_multiply", mutates_args=(), device_types="cuda")
+def gather_multiply(states: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """All ranks' states times the weight (T, N), and the other ranks' states (degree - 1, t, K)."""
+    states = states.contiguous()
+    box = _mailbox("gather", group, states, states.shape)
+    begun = _now()
+    product = states.new_empty(box.degree, len(states), len(weight))
+    torch.mm(states, weight.mT, out=product[box.rank])
+    begun = _multiply_received(box, states, weight.mT, product, begun)
+    received = states.new_empty(box.degree - 1, *states.shape)
+    with box.beside(begun):
+        received[: box.rank].copy_(box.slots[: box.rank])
+        received[box.rank :].copy_(box.slots[box.rank + 1 :])
+    box.rejoin()
+    return product.flatten(0, 1), received
+
+
+@gather_multiply.register_fake
+def _gathered_results(states: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    degree = _ranks(group).size()
+    return states.new_empty(degree * len(states), len(weight)), states.new_empty(degree - 1, *states.shape)
+
+
+@torch.library.custom_op("megatron_bert::gather_multiply_backward", mutates_args=(), device_types="cuda")
+def gather_multiply_backward(
+    gradient: Tensor, states: Tensor, received: Tensor, weight: Tensor, group: str
+) -> tuple[Tensor, Tensor]:
+    """Of a gradient (T, N): that of this rank's states (t, K), summed over the ranks, and the weight's (N, K), which is
+    computed while parts of the former travel.
+    """
+    box = _mailbox("scatter", group, gradient, states.shape)
+    parts = _by_rank(box, gradient)
+    products = _products_for_others(box, parts, weight)
+    of_weight = parts[box.rank].mT @ states
+    _add_products(of_weight, parts[: box.rank], received[: box.rank])
+    _add_products(of_weight, parts[box.rank + 1 :], received[box.rank :])
+    torch.mm(parts[box.rank], weight, out=box.slots[box.rank])
+    return _scattered(box, products), of_weight
+
+
+@gather_multiply_backward.register_fake
+def _gathered_gradients(
+    gradient: Tensor, states: Tensor, received: Tensor, weight: Tensor, group: str
+) -> tuple[Tensor, Tensor]:
+    return states.new_empty(states.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op("megatron_bert::multiply_scatter", mutates_args=(), device_types="cuda")
+def multiply_scatter(states: Tensor, weight: Tensor, group: str) -> Tensor:
+    """This rank's tokens of the sum of all ranks' states (T, K) times weights: (t, N)."""
+    box = _mailbox("scatter", group, states, (len(states) // _ranks(group).size(), len(weight)))
+    parts = _by_rank(box, states)
+    products = _products_for_others(box, parts, weight.mT)
+    torch.mm(parts[box.rank], weight.mT, out=box.slots[box.rank])
+    return _scattered(box, products)
+
+
+@multiply_scatter.register_fake
+def _scattered_results(states: Tensor, weight: Tensor, group: str) -> Tensor:
+    return states.new_empty(len(states) // _ranks(group).size(), len(weight))
+
+
+@torch.library.custom_op("megatron_bert::multiply_scatter_backward", mutates_args=(), device_types="cuda")
+def multiply_scatter_backward(gradient: Tensor, states: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Of a gradient (t, N) of this rank's tokens: that of its part of all tokens' states (T, K), and the weight's
+    (N, K).
+    """
+    gradient = gradient.contiguous()
+    box = _mailbox("gather", group, gradient, gradient.shape)
+    begun, parts = _now(), _by_rank(box, states)
+    of_states = torch.empty_like(parts)
+    torch.mm(gradient, weight, out=of_states[box.rank])
+    of_weight = gradient.mT @ parts[box.rank]
+    _multiply_received(box, gradient, weight, of_states, begun)
+    _add_products(of_weight, box.slots[: box.rank], parts[: box.rank])
+    _add_products(of_weight, box.slots[box.rank + 1 :], parts[box.rank + 1 :])
+    box.rejoin()
+    return of_states.flatten(0, 1), of_weight
+
+
+@multiply_scatter_backward.register_fake
+def _scattered_gradients(gradient: Tensor, states: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    return states.new_empty(states.shape), weight.new_empty(weight.shape)
+
+
+def _by_rank(box: _Mailbox, tokens: Tensor) -> Tensor:
+    """(T, features) -> (degree, t, features)."""
+    return tokens.contiguous().view(box.degree, -1, tokens.shape[1])
+
+
+def _multiply_received(
+    box: _Mailbox, own: Tensor, matrix: Tensor, product: Tensor, begun: torch.cuda.Event
+) -> torch.cuda.Event:
+    """Sends `own` to all ranks, following `begun`, and puts into `product` what comes from them times `matrix`; the
+    last of it has come at the event.
+    """
+    sent = [box.send(own, box.away(steps), begun) for steps in range(1, box.degree)]
+    for steps, event in enumerate(sent, start=1):
+        source = box.away(-steps)
+        begun = box.arrived(event)
+        torch.mm(box.slots[source], matrix, out=product[source])
+    return begun
+
+
+def _products_for_others(box: _Mailbox, parts: Tensor, matrix: Tensor) -> list[tuple[int, Tensor, torch.cuda.Event]]:
+    """Each other rank, its part times `matrix`, and when that is computed."""
+    ranks = [box.away(steps) for steps in range(1, box.degree)]
+    return [(rank, torch.mm(parts[rank], matrix), _now()) for rank in ranks]
+
+
+def _scattered(box: _Mailbox, products: list[tuple[int, Tensor, torch.cuda.Event]]) -> Tensor:
+    """Sends the others' products, and sums up what is in this rank's slots then."""
+    for rank, product, computed in products:
+        box.send(product, rank, computed)
+    box.arrived()
+    # A sum over a dimension, of two, takes twice as long as theirs.
+    return box.slots[0] + box.slots[1] if box.degree == 2 else box.slots.sum(0)
+
+
+def _add_products(of_weight: Tensor, gradients: Tensor, states: Tensor) -> None:
+    """Those of some ranks' tokens (ranks, t, N) and (ranks, t, K)."""
+    if len(gradients):
+        of_weight.addmm_(gradients.flatten(0, 1).mT, states.flatten(0, 1))
+
+
+# --- their derivatives
+
+
+def _save_gathered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    states, weight, ctx.group = inputs
+    ctx.save_for_backward(states, output[1], weight)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_gathered(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
+    return *gather_multiply_backward(gradient, *ctx.saved_tensors, ctx.group), None
+
+
+def _save_scattered(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    states, weight, ctx.group = inputs
+    ctx.save_for_backward(states, weight)
+
+
+def _differentiate_scattered(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *multiply_scatter_backward(gradient, *ctx.saved_tensors, ctx.group), None
+
+
+gather_multiply.register_autograd(_differentiate_gathered, setup_context=_save_gathered)
+multiply_scatter.register_autograd(_differentiate_scattered, setup_context=_save_scattered)

@@ -75,20 +75,16 @@ class TensorRegion:
         """
         if not self.overlaps:
             return linear(self.enter(states, num_tokens), weight, None)
-        weight = weight.to(states.dtype)
-        packed, dim = (states.squeeze(0), 0) if states.shape[0] == 1 else (states, 1)
-        product = gathered_product(packed, weight, dim, self.mesh)
-        product = product.unsqueeze(0) if dim == 0 else product
+        product = gathered_product(_by_tokens(states), weight.to(states.dtype), self.mesh)
+        product = _by_rows(product, len(states))
         return product if num_tokens is None else product.narrow(1, 0, num_tokens)
 
     def leave_linear(self, states: Tensor, weight: Tensor) -> Tensor:
         """A row-parallel product, and `leave`, overlapped or not."""
         if not self.overlaps:
             return self.leave(linear(states, weight, None))
-        states, weight = self._filled_up(states), weight.to(states.dtype)
-        if states.shape[0] == 1:
-            return scattered_product(states.squeeze(0), weight, 0, self.mesh).unsqueeze(0)
-        return scattered_product(states, weight, 1, self.mesh)
+        tokens = _by_tokens(self._filled_up(states))
+        return _by_rows(scattered_product(tokens, weight.to(states.dtype), self.mesh), len(states))
 
     def sum(self, states: Tensor) -> Tensor:
         """The sum of the ranks' parts, on every rank: an all-reduce, and in the backward pass the identity."""
@@ -128,6 +124,16 @@ class TensorRegion:
     def _filled_up(self, states: Tensor) -> Tensor:
         missing = -states.shape[1] % self.degree
         return functional.pad(states, (0, 0, 0, missing)) if missing else states
+
+
+def _by_tokens(states: Tensor) -> Tensor:
+    """(B, S, D) -> (S B, D): a rank's tokens lie together. Packed tokens, a batch of one, do as they are."""
+    return states.transpose(0, 1).flatten(0, 1)
+
+
+def _by_rows(tokens: Tensor, rows: int) -> Tensor:
+    """(S B, D) -> (B, S, D)."""
+    return tokens.view(-1, rows, tokens.shape[-1]).transpose(0, 1)
 
 
 def local_part(tensor: Tensor) -> Tensor:
