@@ -222,7 +222,9 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     job = Job(config, case.gpus, case.rows, case.row_tokens, predicted_share=1.0 if case.causal else 0.15)
     data = case.gpus // case.tensor
     shard = case.shard or data
-    layout = Layout(case.tensor, shard, data // shard, case.sequence_parallel, case.recompute, case.rows // data)
+    layout = Layout(
+        case.tensor, shard, data // shard, case.sequence_parallel, case.recompute, case.rows // data, case.overlap
+    )
     network = empty_network(config, ObjectiveSection(kind="causal") if case.causal else ObjectiveSection())
     objective = build_objective(
         network, device, precision="bfloat16" if device.type == "cuda" else "float32", rows=layout.micro_rows,

@@ -1,6 +1,7 @@
 """`megatron-bert plan`: the dry run against the formulas and PyTorch's own counters, and what the command prints."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -12,8 +13,11 @@ from megatron_bert.planning.communication import collectives_of_step
 from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.memory import memory_of_step, optimizer_bytes, weight_bytes
 from megatron_bert.planning.report import sent_by_kind
+from megatron_bert.training.configuration import load_configuration
 from megatron_bert.training.dry_run import dry_run
 from tests.integration.tiny_model import write_tiny_model
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def job_of(layout: Layout, micro_batches: int = 1, hidden: int = 1024, layers: int = 3) -> Job:
@@ -82,6 +86,18 @@ def test_the_command_prints_a_table_and_the_best_layouts_parts(capsys):
     assert "slower" in output
     for line in ("memory", "time", "sent"):
         assert f"\n{line} " in output
+
+
+def test_the_best_layout_as_a_recipes_settings(capsys):
+    words = ["--size", "3.9b", "--gpus", "16", "--tensor", "2", "--sequence-parallel", "--shard", "2"]
+    assert main(["plan", *words, "--recompute", "selective", "--micro-batch", "4"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    overrides = line.removeprefix("recipe  --set ").split(" --set ")
+    recipe = load_configuration(RECIPES / "pretrain_3.9b.yaml", overrides)
+    assert recipe.mesh.model_dump(include={"tensor", "sequence_parallel", "overlap", "shard"}) == {
+        "tensor": 2, "sequence_parallel": True, "overlap": True, "shard": 2
+    }  # fmt: skip
+    assert (recipe.runtime.recompute, recipe.runtime.micro_batch_samples) == ("selective", 4)
 
 
 def test_json_has_one_object_a_layout_and_the_dry_run(capsys):

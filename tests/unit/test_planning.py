@@ -18,12 +18,14 @@ from megatron_bert.planning.paper import paper_table
 from megatron_bert.planning.parameters import rank_parameters, sequence_parameters
 from megatron_bert.planning.ranking import Choice, plan_of, rank
 from megatron_bert.planning.speed import (
+    _HANDOVER_SECONDS,
     _product_seconds,
     attention_seconds,
     collective_seconds,
     product_seconds,
     step_flops,
     step_time,
+    tensor_seconds,
 )
 from megatron_bert.sharding import on_sequence_shards, split_dim
 from megatron_bert.training.configuration import SIZES
@@ -119,6 +121,7 @@ def test_a_step_takes_what_an_h100_took(size, rows, recompute, seconds):
     [
         ("345m", 128, Layout(replicate=2, micro_rows=64), 0.1517),
         ("3.9b", 16, Layout(tensor=2, sequence_parallel=True, micro_rows=16), 0.2506),
+        ("3.9b", 16, Layout(tensor=2, sequence_parallel=True, micro_rows=16, overlap=True), 0.2365),
         ("3.9b", 32, Layout(shard=2, micro_rows=16), 0.4639),
     ],
 )
@@ -142,6 +145,32 @@ def test_a_host_limits_small_passes_of_sharded_layers_alone():
 # --- Communication
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_no_product_hides_is_waited_for(recompute):
+    """Where products take no time, overlap changes nothing; where sending takes none, GPUs wait for each other."""
+    job, layers = Job(BERT_345M, 2, 64), BERT_345M.num_hidden_layers
+    plain = Layout(tensor=2, sequence_parallel=True, recompute=recompute, micro_rows=16)
+    overlapped = replace(plain, overlap=True)
+    gpu = replace(H100, memory_bytes_per_second=math.inf, latency_seconds=_HANDOVER_SECONDS)
+    fast = replace(gpu, flops_per_second=math.inf)
+    assert tensor_seconds(job, overlapped, fast) == pytest.approx(tensor_seconds(job, plain, fast))
+    assert tensor_seconds(job, overlapped, gpu) < 0.7 * tensor_seconds(job, plain, gpu)
+    linked = replace(gpu, node_bytes_per_second=math.inf, latency_seconds=0.0)
+    handovers = 4 * layers * (4 + 4 + (4 if recompute == "full" else 0))
+    assert tensor_seconds(job, overlapped, linked) == pytest.approx(handovers * _HANDOVER_SECONDS)
+
+
+def test_overlap_within_a_node_only():
+    job = Job(config_of(1024, 2, 16, 1024), 16, 64)
+    assert {plan.layout.overlap for plan in rank(job, H100) if plan.layout.sequence_parallel} == {True}
+    assert {plan.layout.overlap for plan in rank(job, H100, Choice(overlap=False))} == {False}
+    assert {plan.layout.overlap for plan in rank(job, H100, Choice(tensor=16))} == {False}
+    with pytest.raises(UserError, match="one node, which has 8"):
+        rank(job, H100, Choice(tensor=16, overlap=True))
+    with pytest.raises(UserError, match="overlap needs sequence parallelism"):
+        rank(job, H100, Choice(sequence_parallel=False, overlap=True))
+
+
 @pytest.mark.parametrize(("kind", "sent"), [("all-reduce", 12), ("all-gather", 6), ("reduce-scatter", 6)])
 def test_a_ring_of_four_moves_eight_bytes(kind, sent):
     """By hand: in each of 3 rounds every rank sends a part of 2 bytes; an all-reduce scatters, then gathers."""
@@ -156,8 +185,9 @@ def test_a_layer_has_the_papers_two_all_reduces_a_direction():
     plain = tensor_collectives(job, Layout(tensor=2, micro_rows=4))
     assert [one.count for one in plain if one.num_bytes == states] == [4]
     sequence = tensor_collectives(job, Layout(tensor=2, sequence_parallel=True, micro_rows=4))
-    counts = {one.kind: one.count for one in sequence if one.num_bytes == states}
-    assert counts == {"all-gather": 4 + 2, "reduce-scatter": 4}  # two: into the first layer and out of the last
+    counts = [(one.kind, one.count) for one in sequence if one.num_bytes == states]
+    # Two: into the first layer and out of the last.
+    assert counts == [("all-gather", 4), ("reduce-scatter", 4), ("all-gather", 2)]
     logits = 0.15 * 4 * 512 * 256
     assert all(one.num_bytes < logits or one.num_bytes in (states, 2 * states) for one in plain)
 

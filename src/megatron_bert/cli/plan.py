@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard", type=_positive, metavar="N", help="data-parallel ranks that share weights; 1: none do"
     )
     layout.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, default=None)
+    layout.add_argument(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mesh.overlap (default: within a node)",
+    )
     layout.add_argument("--recompute", choices=("none", "selective", "full"))
     layout.add_argument("--micro-batch", type=_positive, metavar="ROWS", help="rows of one forward pass")
     parser.add_argument(
@@ -168,7 +174,7 @@ def _gpu(args: argparse.Namespace) -> Gpu:
 def _choice(args: argparse.Namespace) -> Choice:
     from megatron_bert.planning.ranking import Choice
 
-    return Choice(args.tensor, args.shard, args.sequence_parallel, args.recompute, args.micro_batch)
+    return Choice(args.tensor, args.shard, args.sequence_parallel, args.recompute, args.micro_batch, args.overlap)
 
 
 def _positive(text: str) -> int:

@@ -23,6 +23,7 @@ __all__ = [
     "Collective",
     "Kind",
     "collectives_of_step",
+    "layer_collectives",
     "replica_collectives",
     "sharding_collectives",
     "tensor_collectives",
@@ -65,31 +66,32 @@ def tensor_collectives(job: Job, layout: Layout) -> list[Collective]:
     config, ranks = job.config, layout.tensor
     if ranks == 1:
         return []
-    states = layout.micro_tokens(job) * config.hidden_size
-    predicted = layout.micro_predicted(job)
-    embedding_bytes = states * (_BF16 if layout.fully_sharded else _FP32)  # of the weights' number type
+    num_bytes, predicted = _state_bytes(job, layout), layout.micro_predicted(job)
+    embedding_bytes = num_bytes * (1 if layout.fully_sharded else 2)  # of the weights' number type: float32 twice
+    # Sequence parallelism gathers once more, after the last layer and back before the first.
+    around = [Collective("all-gather", "tensor", ranks, num_bytes, 2)] if layout.sequence_parallel else []
     return [
         Collective("all-reduce", "tensor", ranks, embedding_bytes),
-        *_layer_collectives(job, layout),
+        *layer_collectives(job, layout),
+        *around,
         Collective("all-reduce", "tensor", ranks, predicted * config.hidden_size * _BF16),  # the head's backward pass
         Collective("all-reduce", "tensor", ranks, predicted * _FP32),  # highest logit
         Collective("all-reduce", "tensor", ranks, 3 * predicted * _FP32),  # sum, target's logit, whether it was beaten
     ]
 
 
-def _layer_collectives(job: Job, layout: Layout) -> list[Collective]:
-    """Two all-reduces a layer and direction (arXiv 1909.08053, figure 4), or as many all-gathers and reduce-scatters
-    each; recomputation repeats the forward pass's. Sequence parallelism gathers once more, after the last layer and
-    back before the first.
+def layer_collectives(job: Job, layout: Layout) -> list[Collective]:
+    """Of one micro-batch: two all-reduces a layer and direction (arXiv 1909.08053, figure 4), or as many all-gathers
+    and reduce-scatters each; recomputation repeats the forward pass's.
     """
-    layers, num_bytes = job.config.num_hidden_layers, layout.micro_tokens(job) * job.config.hidden_size * _BF16
     passes = 3 if layout.recompute == "full" else 2
-    if not layout.sequence_parallel:
-        return [Collective("all-reduce", "tensor", layout.tensor, num_bytes, 2 * passes * layers)]
-    return [
-        Collective("all-gather", "tensor", layout.tensor, num_bytes, 2 * passes * layers + 2),
-        Collective("reduce-scatter", "tensor", layout.tensor, num_bytes, 2 * passes * layers),
-    ]
+    count, num_bytes = 2 * passes * job.config.num_hidden_layers, _state_bytes(job, layout)
+    kinds: tuple[Kind, ...] = ("all-gather", "reduce-scatter") if layout.sequence_parallel else ("all-reduce",)
+    return [Collective(kind, "tensor", layout.tensor, num_bytes, count) for kind in kinds]
+
+
+def _state_bytes(job: Job, layout: Layout) -> int:
+    return layout.micro_tokens(job) * job.config.hidden_size * _BF16
 
 
 def sharding_collectives(job: Job, layout: Layout) -> list[Collective]:

@@ -41,6 +41,7 @@ class Layout:
         tensor: tensor-parallel degree: GPUs that share a sample.
         shard: data-parallel GPUs over which weights, gradients and optimizer states are split.
         replicate: groups of them that hold the same.
+        overlap: under sequence parallelism, products go on while tokens travel (`parallel.overlap`).
         micro_rows: rows of one forward pass of a tensor-parallel group.
     """
 
@@ -50,6 +51,7 @@ class Layout:
     sequence_parallel: bool = False
     recompute: Recompute = "none"
     micro_rows: int = 1
+    overlap: bool = False
 
     @property
     def data(self) -> int:

@@ -49,6 +49,7 @@ class Choice:
     sequence_parallel: bool | None = None
     recompute: Recompute | None = None
     micro_rows: int | None = None
+    overlap: bool | None = None
 
 
 def rank(job: Job, gpu: Gpu, choice: Choice | None = None) -> list[Plan]:
@@ -58,6 +59,8 @@ def rank(job: Job, gpu: Gpu, choice: Choice | None = None) -> list[Plan]:
         UserError: no layout has a shape that the job can be cut into.
     """
     choice = choice or Choice()
+    if choice.overlap and (choice.tensor or 1) > gpu.node_gpus:
+        raise UserError(f"overlap needs tensor-parallel GPUs of one node, which has {gpu.node_gpus}")
     plans = [_best_micro_batch(job, gpu, layout, choice) for layout in _layouts(job, gpu, choice)]
     if not plans:
         check_layout(job, _any_layout(job, choice))
@@ -101,6 +104,8 @@ def check_layout(job: Job, layout: Layout) -> None:
     check_degree(job.config, layout.tensor)
     if layout.sequence_parallel and layout.tensor == 1:
         raise UserError("sequence parallelism needs a tensor-parallel degree of 2 or more")
+    if layout.overlap and not layout.sequence_parallel:
+        raise UserError("overlap needs sequence parallelism")
     if job.batch_rows % layout.data:
         raise UserError(f"a batch of {job.batch_rows} rows is not divisible by {layout.data} data-parallel ranks")
     rows = job.batch_rows // layout.data
@@ -119,12 +124,14 @@ def _any_layout(job: Job, choice: Choice) -> Layout:
         sequence_parallel=choice.sequence_parallel or False,
         recompute=choice.recompute or "none",
         micro_rows=choice.micro_rows or 1,
+        overlap=choice.overlap or False,
     )
 
 
 def _layouts(job: Job, gpu: Gpu, choice: Choice) -> Iterator[Layout]:
     """Possible ones, with micro-batches of one row, or as chosen. Without a choice, tensor-parallel groups stay within
-    a node, and data-parallel ranks share everything, nothing, or what a node can hold.
+    a node, products overlap with what sequence parallelism sends there, and data-parallel ranks share everything,
+    nothing, or what a node can hold.
     """
     degrees = [choice.tensor] if choice.tensor else [n for n in _divisors(job.gpus) if n <= gpu.node_gpus]
     for tensor in degrees:
@@ -137,7 +144,10 @@ def _layouts(job: Job, gpu: Gpu, choice: Choice) -> Iterator[Layout]:
         for shard in sorted(shards):
             for sequence_parallel in sequences if choice.sequence_parallel is None else (choice.sequence_parallel,):
                 for recompute in kinds if choice.recompute is None else (choice.recompute,):
-                    layout = Layout(tensor, shard, data // shard, sequence_parallel, recompute, choice.micro_rows or 1)
+                    layout = Layout(
+                        tensor, shard, data // shard, sequence_parallel, recompute, choice.micro_rows or 1,
+                        sequence_parallel and tensor <= gpu.node_gpus if choice.overlap is None else choice.overlap,
+                    )  # fmt: skip
                     if _is_possible(job, layout):
                         yield layout
 

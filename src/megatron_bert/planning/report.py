@@ -9,12 +9,21 @@ from typing import Any
 from megatron_bert.planning.communication import Collective
 from megatron_bert.planning.counting import DryRun
 from megatron_bert.planning.devices import GIB, Gpu
-from megatron_bert.planning.layout import Job
+from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.paper import PaperRow
 from megatron_bert.planning.parameters import rank_parameters
 from megatron_bert.planning.ranking import Plan
 
-__all__ = ["details", "dry_run_lines", "dry_run_record", "paper_lines", "plan_lines", "plan_record", "sent_by_kind"]
+__all__ = [
+    "details",
+    "dry_run_lines",
+    "dry_run_record",
+    "paper_lines",
+    "plan_lines",
+    "plan_record",
+    "recipe_settings",
+    "sent_by_kind",
+]
 
 Record = dict[str, Any]
 
@@ -80,7 +89,7 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
     return (
         str(number),
         str(layout.tensor),
-        "yes" if layout.sequence_parallel else "no",
+        "overlap" if layout.overlap else "yes" if layout.sequence_parallel else "no",
         layout.data_parallelism(),
         layout.recompute,
         f"{plan.micro_batches} x {layout.micro_rows}",
@@ -93,7 +102,7 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
 
 
 def details(plan: Plan) -> Iterator[str]:
-    """The parts of a plan's memory, time and communication."""
+    """The parts of a plan's memory, time and communication, and how `pretrain` is told to lay out so."""
     memory = plan.memory
     parts = ("weights", "gradients", "optimizer", "activations", "working")
     listed = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in parts)
@@ -105,6 +114,19 @@ def details(plan: Plan) -> Iterator[str]:
     for (kind, axis), sent in sent_by_kind(plan.collectives).items():
         if sent > 1024:
             yield f"sent    {sent / GIB:.3f} GiB a GPU and step: {kind}, {axis} ranks"
+    yield "recipe  " + " ".join(f"--set {name}={value}" for name, value in recipe_settings(plan.layout).items())
+
+
+def recipe_settings(layout: Layout) -> dict[str, str]:
+    """The keys of a recipe that a layout is about. A row of a plan is one sample there."""
+    return {
+        "mesh.tensor": str(layout.tensor),
+        "mesh.sequence_parallel": str(layout.sequence_parallel).lower(),
+        "mesh.overlap": str(layout.overlap).lower(),
+        "mesh.shard": str(layout.shard),
+        "runtime.recompute": layout.recompute,
+        "runtime.micro_batch_samples": str(layout.micro_rows),
+    }
 
 
 def dry_run_record(plan: Plan, found: DryRun) -> Record:

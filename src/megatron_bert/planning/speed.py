@@ -13,6 +13,7 @@ from math import ceil
 from megatron_bert.planning.communication import (
     Collective,
     collectives_of_step,
+    layer_collectives,
     replica_collectives,
     sharding_collectives,
 )
@@ -25,6 +26,7 @@ __all__ = ["StepTime", "step_flops", "step_time"]
 
 _BF16 = 2
 _HOST_LAYER_SECONDS = 9e-3  # forward and backward: 3.9b sharded over two H100 (benchmarks/RESULTS.md)
+_HANDOVER_SECONDS = 10e-6  # until GPUs have waited for each other within a recorded pass: two H200 (RESULTS.md)
 _TILE = (128, 256)  # of a result, that one multiprocessor computes: what cuBLAS takes for large products on Hopper
 
 
@@ -37,7 +39,7 @@ class StepTime:
         attention: the fused kernel.
         elementwise: activation, norms, dropout, residuals, sums of biases: bytes through memory.
         optimizer: AdamW, the gradient's norm and the weights' conversion to bfloat16.
-        tensor_communication: what tensor-parallel ranks exchange; the layer waits for it.
+        tensor_communication: what tensor-parallel ranks exchange, as far as the layer waits for it.
         data_communication: what data-parallel ranks exchange, as far as computation does not hide it.
         host: what a GPU waits for its host, which queues the kernels of sharded layers one by one; other layers'
             are recorded (`training.graphs`).
@@ -93,14 +95,22 @@ def product_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
     """Products of one micro-batch: of each, the forward pass's, and for the gradients of its two operands one each of
     the same size (arXiv 2104.04473, appendix); once more the forward pass's of layers that are computed again.
     """
-    config, tokens, tensor = job.config, layout.micro_tokens(job), layout.tensor
-    h, f = config.hidden_size, config.intermediate_size
-    layer = [(tokens, 3 * h // tensor, h), (tokens, h, h // tensor), (tokens, f // tensor, h), (tokens, h, f // tensor)]
+    config, tensor = job.config, layout.tensor
+    h = config.hidden_size
+    layer = [shape for pair in _layer_products(job, layout) for shape in pair]
     predicted = layout.micro_predicted(job)
     head = [(predicted, h, h), (predicted, config.vocab_size // tensor, h)]
     forward_passes = 2 if layout.recompute == "full" else 1
     in_layers = sum(_product_and_gradients(m, n, k, gpu, forward_passes) for m, n, k in layer)
     return config.num_hidden_layers * in_layers + sum(_product_and_gradients(m, n, k, gpu, 1) for m, n, k in head)
+
+
+def _layer_products(job: Job, layout: Layout) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """A layer's column-parallel and its row-parallel products: tokens, output and input features."""
+    tokens, tensor = layout.micro_tokens(job), layout.tensor
+    h, f = job.config.hidden_size, job.config.intermediate_size
+    column = [(tokens, 3 * h // tensor, h), (tokens, f // tensor, h)]
+    return column, [(tokens, h, h // tensor), (tokens, h, f // tensor)]
 
 
 def _product_and_gradients(m: int, n: int, k: int, gpu: Gpu, forward_passes: int) -> float:
@@ -185,8 +195,42 @@ def collective_seconds(one: Collective, layout: Layout, gpu: Gpu) -> float:
 
 
 def tensor_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
-    """Between tensor-parallel ranks, in one step: computation waits for each."""
-    return sum(collective_seconds(one, layout, gpu) for one in collectives_of_step(job, layout) if one.axis == "tensor")
+    """Between tensor-parallel ranks, in one step: computation waits for each, or for what it does not hide."""
+    found = [one for one in collectives_of_step(job, layout) if one.axis == "tensor"]
+    seconds = sum(collective_seconds(one, layout, gpu) for one in found)
+    if not layout.overlap:
+        return seconds
+    passes = layout.micro_batches(job)
+    of_layers = sum(collective_seconds(one, layout, gpu) for one in layer_collectives(job, layout))
+    return seconds + passes * (job.config.num_hidden_layers * overlapped_seconds(job, layout, gpu) - of_layers)
+
+
+def overlapped_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
+    """Of a layer's overlapped gatherings and scattering sums in one micro-batch, what is not hidden: see
+    `parallel.overlap` for what each is done beside. Of a product's n parts, n - 1 are there to hide what is sent. Ranks
+    wait for each other once in a sum and n - 1 times in a gathering; a sum reads n parts and writes one.
+    """
+    ranks, h = layout.tensor, job.config.hidden_size
+    part_bytes = layout.micro_tokens(job) // ranks * h * _BF16
+    sent, share = (ranks - 1) * part_bytes / gpu.node_bytes_per_second, (ranks - 1) / ranks
+    forward_passes = 2 if layout.recompute == "full" else 1
+    gathering = (ranks - 1) * _HANDOVER_SECONDS
+    summing = _HANDOVER_SECONDS + (ranks + 1) * part_bytes / gpu.memory_bytes_per_second
+
+    def exposed(*beside: float) -> float:
+        return max(sent - sum(beside), 0.0)
+
+    seconds = 0.0
+    column, row = _layer_products(job, layout)
+    for m, n, k in column:
+        of_states, of_weight = _product_seconds(m, k, n, gpu), _product_seconds(k, n, m, gpu)
+        seconds += forward_passes * (gathering + exposed(share * _product_seconds(m, n, k, gpu)))
+        seconds += summing + exposed(of_weight, share * of_states)
+    for m, n, k in row:
+        of_states, of_weight = _product_seconds(m, k, n, gpu), _product_seconds(k, n, m, gpu)
+        seconds += forward_passes * (summing + exposed(share * _product_seconds(m, n, k, gpu)))
+        seconds += gathering + exposed(share * of_states, of_weight / ranks)
+    return seconds
 
 
 def exposed_data_seconds(job: Job, layout: Layout, gpu: Gpu, computation: float) -> float:
