@@ -240,6 +240,12 @@ def test_token_types_of_fewer_dimensions(types):
     compare("MegatronBertModel", {**inputs_for("MegatronBertModel", "right"), "token_type_ids": types})
 
 
+def test_embeddings_by_themselves():
+    ids = inputs_for("MegatronBertModel")["input_ids"]
+    theirs, ours = (model.embeddings(ids) for model in pair("MegatronBertModel"))
+    assert_close(theirs, ours, "embeddings")
+
+
 def test_labels_of_one_dimension():
     name = "MegatronBertForTokenClassification"
     inputs = inputs_for(name, "right")
