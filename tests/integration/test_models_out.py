@@ -174,6 +174,15 @@ def test_what_cannot_be_converted(run: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "there").mkdir()
     assert "is there already" in refused(str(run), str(tmp_path / "there"))
     assert "would replace the run" in refused(str(run), str(run.parent), "--overwrite")
+    checkpoints = sorted((run / "checkpoints").rglob("*"))
+    for folder in (run / "checkpoints", checkpoints[0]):
+        assert "would replace the run's checkpoints" in refused(str(run), str(folder), "--overwrite")
+    assert sorted((run / "checkpoints").rglob("*")) == checkpoints
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        assert "is no model's folder" in refused(str(run), str(place), "--overwrite")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     other = published(tmp_path / "other", "MegatronBertForMaskedLM", run.parent / "tokenizer")
     vocabulary = json.loads((other / "tokenizer.json").read_text())
     vocabulary["model"]["vocab"]["zebra"] = len(vocabulary["model"]["vocab"])

@@ -1,5 +1,6 @@
 """Transformers' own entry points with this package's classes, and the published samples with the import changed."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -135,6 +136,35 @@ def test_trainer_trains_ours(tmp_path):
     before = trainer.evaluate(rows)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(rows)["eval_loss"] < before / 2
+
+
+@pytest.mark.parametrize("model_class", [MegatronBertForMaskedLM, MegatronBertForSequenceClassification])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, model_class):
+    """One SGD step of Transformers' Trainer on 8 texts, at once and in four parts."""
+    torch.manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids if model_class is MegatronBertForMaskedLM else int(ids[1] > 34)}
+            for ids in torch.randint(5, 64, (8, 8))]  # fmt: skip
+    start = model_class(tiny_config(num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    trained = []
+    for parts in (1, 4):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8 // parts,
+            gradient_accumulation_steps=parts,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model=copy.deepcopy(start), args=arguments, train_dataset=rows)
+        trainer.train()
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+    change = trained[0] - torch.cat([parameter.detach().flatten() for parameter in start.parameters()])
+    assert (trained[1] - trained[0]).norm() < 1e-3 * change.norm()
 
 
 def test_lora_adapters_of_one_fit_the_other(tmp_path):

@@ -155,8 +155,6 @@ def compare(name, inputs, labels=None, train=False, **overrides):
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 def test_outputs_losses_and_gradients(name, padding):
-    if padding == "left" and not name.endswith(("MaskedLM", "CausalLM", "TokenClassification", "QuestionAnswering")):
-        pytest.skip("the first position, which is pooled, is padding here")
     compare(name, inputs_for(name, padding))
 
 
@@ -175,8 +173,8 @@ def test_without_labels(name):
 @pytest.mark.parametrize("name", [name for name in HEADS if name.endswith(PER_TOKEN)])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_labels_at_padding_count_as_they_do_there(name, padding):
-    if padding == "left" and name.endswith(("CausalLM", "PreTraining")):
-        pytest.skip("padding that attends to nothing, or is pooled, has no defined state")
+    if padding == "left" and name.endswith("CausalLM"):
+        pytest.skip("padding that attends to nothing has no defined state")
     inputs = inputs_for(name, padding)
     compare(name, inputs, labels=labels_for(name))
 
@@ -235,6 +233,43 @@ def test_explicit_positions_and_no_token_types():
     del inputs["token_type_ids"]
     inputs["position_ids"] = torch.randint(0, 40, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(4))
     compare("MegatronBertModel", inputs)
+
+
+@pytest.mark.parametrize("types", [torch.arange(SEQUENCE) // 7, torch.tensor([[0], [1], [1], [0]])])
+def test_token_types_of_fewer_dimensions(types):
+    compare("MegatronBertModel", {**inputs_for("MegatronBertModel", "right"), "token_type_ids": types})
+
+
+def test_embeddings_by_themselves():
+    ids = inputs_for("MegatronBertModel")["input_ids"]
+    theirs, ours = (model.embeddings(ids) for model in pair("MegatronBertModel"))
+    assert_close(theirs, ours, "embeddings")
+
+
+def test_labels_of_one_dimension():
+    name = "MegatronBertForTokenClassification"
+    inputs = inputs_for(name, "right")
+    compare(name, inputs, {"labels": labels_for(name, inputs["attention_mask"])["labels"].flatten()})
+
+
+def test_a_mask_of_more_rows_counts_as_it_does_there():
+    theirs, ours = pair("MegatronBertForMaskedLM")
+    inputs = inputs_for("MegatronBertForMaskedLM", "right")
+    mask = inputs["attention_mask"]
+    inputs["attention_mask"] = torch.cat((mask, mask))
+    with torch.no_grad():
+        assert_same_outputs(theirs(**inputs), ours(**inputs), mask.bool())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, SEQUENCE), (BATCH - 1, SEQUENCE), (BATCH, SEQUENCE - 1)])
+@pytest.mark.parametrize("name", ["MegatronBertModel", "MegatronBertForMaskedLM"])
+def test_a_mask_of_too_few_places_is_refused(name, rows, columns):
+    inputs = inputs_for(name)
+    inputs["attention_mask"] = torch.ones(rows, columns, dtype=torch.long)
+    inputs["attention_mask"][-1, 4:] = 0
+    for model in pair(name):
+        with pytest.raises((IndexError, RuntimeError)):
+            model(**inputs)
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi-label", "single-label"])

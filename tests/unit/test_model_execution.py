@@ -135,6 +135,15 @@ def test_several_rows_of_packed_sequences():
     torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-5)
 
 
+def test_positions_of_one_row_hold_for_all():
+    model = make("MegatronBertModel")
+    ids, positions = torch.randint(5, 99, (2, 6)), torch.tensor([[0, 1, 2, 3, 0, 1]])
+    with torch.no_grad():
+        found = model(ids, position_ids=positions).last_hidden_state
+        expected = model(ids, position_ids=positions.expand(2, -1)).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
 def test_other_positions_are_not_taken_for_packed_rows():
     model = make("MegatronBertModel")
     ids = torch.randint(5, 99, (2, 6))

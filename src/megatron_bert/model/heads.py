@@ -58,6 +58,8 @@ class HeadModel(MegatronBertPreTrainedModel):
 
     output_class: ClassVar[type[ModelOutput]]
     labels_are_per_token: ClassVar[bool] = False
+    accepts_loss_kwargs: ClassVar[bool] = False
+    """Whether the loss is divided by `num_items_in_batch`; Transformers' Trainer divides the other losses itself."""
 
     bert: MegatronBertModel
 
@@ -97,11 +99,17 @@ class HeadModel(MegatronBertPreTrainedModel):
         elsewhere = ("encoder_hidden_states", "past_key_values", "cu_seq_lens_q")
         if not unpad or inputs.get("use_cache") or any(name in inputs or name in kwargs for name in elsewhere):
             return None
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         layout = self.bert.layout_without_padding(
-            inputs.get("attention_mask"), inputs.get("output_attentions"), inputs.get("output_hidden_states")
+            inputs.get("attention_mask"),
+            inputs.get("output_attentions"),
+            inputs.get("output_hidden_states"),
+            batch_shape=None if tokens is None else tokens.shape[:2],
         )
-        if layout is None or not labels or not self.labels_are_per_token:
+        if layout is None or not self.labels_are_per_token or "labels" not in labels:
             return layout
+        if labels["labels"].shape != layout.batch_shape:
+            return None
         counted = (self._aligned(labels["labels"]) != _IGNORED) & (inputs["attention_mask"] == 0)
         return None if bool(counted.any()) else layout
 
@@ -129,6 +137,7 @@ class _LanguageModel(HeadModel):
     """What the three classes with a projection onto the vocabulary share."""
 
     labels_are_per_token = True
+    accepts_loss_kwargs = True
     cls: Any
     _tied_weights_keys: ClassVar = {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -273,6 +282,7 @@ class MegatronBertForPreTraining(_LanguageModel):
     """
 
     output_class = MegatronBertForPreTrainingOutput
+    accepts_loss_kwargs = False  # the number of masked tokens says nothing of the pairs
 
     def __init__(self, config: MegatronBertConfig, add_binary_head: bool = True) -> None:
         super().__init__(config)
@@ -438,6 +448,7 @@ class MegatronBertForTokenClassification(_LabelledModel):
 
     output_class = TokenClassifierOutput
     labels_are_per_token = True
+    accepts_loss_kwargs = True
 
     def __init__(self, config: MegatronBertConfig) -> None:
         super().__init__(config)

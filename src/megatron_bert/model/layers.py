@@ -37,17 +37,19 @@ class MegatronBertEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """(B, S) token ids or (B, S, D) embeddings -> (B, S, D)."""
+        """(B, S) token ids or (B, S, D) embeddings -> (B, S, D); types are 0 and positions count up where absent."""
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if token_type_ids is None:
             # Type 0 everywhere. A lookup keeps the gradient's rows those of Transformers.
             token_type_ids = torch.zeros(inputs_embeds.shape[:-1], dtype=torch.long, device=inputs_embeds.device)
+        if position_ids is None:
+            position_ids = self.position_ids[:, : inputs_embeds.shape[1]]
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids)
         return self.dropout(embeddings + self.position_embeddings(position_ids))
 

@@ -188,10 +188,14 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
 
         plain = encoder_hidden_states is None and past_key_values is None and boundaries is None
         if layout is None and plain and unpad:
-            layout = self.layout_without_padding(attention_mask, output_attentions, output_hidden_states)
+            layout = self.layout_without_padding(
+                attention_mask, output_attentions, output_hidden_states, batch_shape=batch_shape
+            )
         elif layout is None and packed_rows is not None and self._can_pack(output_attentions, output_hidden_states):
             layout = packed_rows
 
+        if token_type_ids is not None:
+            token_type_ids = token_type_ids.expand(batch_shape)
         embedded = (input_ids, token_type_ids, position_ids.expand(batch_shape), inputs_embeds)
         if layout is not None:
             embeddings = self.embeddings(*(None if states is None else layout.pack(states) for states in embedded))
@@ -218,11 +222,19 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         attention_mask: Tensor | None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        *,
+        batch_shape: tuple[int, ...] | None = None,
     ) -> PackedLayout | None:
-        """The layout in which an encoder's batch with this (B, S) mask is run; None where it is run padded."""
+        """The layout in which an encoder's batch with this (B, S) mask is run; None where it is run padded.
+
+        Run padded as well are a mask that is not of `batch_shape`, of which Transformers says what it is good for, and
+        texts padded on the left under a pooler, which reads the first place, padding or not.
+        """
         if not self.unpad or not self._can_pack(output_attentions, output_hidden_states):
             return None
-        return layout_of_padding(attention_mask)
+        if attention_mask is not None and batch_shape is not None and attention_mask.shape != batch_shape:
+            return None
+        return layout_of_padding(attention_mask, keeps_starts=self.pooler is not None)
 
     def _can_pack(self, output_attentions: bool | None, output_hidden_states: bool | int | list[int] | None) -> bool:
         """Whether nothing is asked for that only padded execution gives."""
@@ -314,6 +326,8 @@ def _layout_of_packed_rows(
     position_ids: Tensor | None, cu_seq_lens: Tensor | None, batch_shape: tuple[int, int]
 ) -> PackedLayout | None:
     """The layout of rows that came packed; None for plain rows, and while a graph is traced."""
-    if cu_seq_lens is None:
-        return layout_of_positions(position_ids)
-    return None if is_tracing(cu_seq_lens) else layout_of_boundaries(cu_seq_lens, batch_shape)
+    if cu_seq_lens is not None:
+        return None if is_tracing(cu_seq_lens) else layout_of_boundaries(cu_seq_lens, batch_shape)
+    if position_ids is None or position_ids.ndim != 2:
+        return None
+    return layout_of_positions(position_ids.expand(batch_shape))

@@ -105,16 +105,19 @@ def _untouched_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
-def layout_of_padding(attention_mask: Tensor | None) -> PackedLayout | None:
+def layout_of_padding(attention_mask: Tensor | None, *, keeps_starts: bool = False) -> PackedLayout | None:
     """The layout that leaves out the padding of a (B, S) mask; None where there is none to leave out.
 
-    None as well while a graph is traced, which cannot depend on the mask's values. Reads the mask back from a GPU.
+    None as well while a graph is traced, which cannot depend on the mask's values, and with `keeps_starts` where the
+    padding is on the left of a text. Reads the mask back from a GPU.
     """
     if attention_mask is None or attention_mask.ndim != 2 or is_tracing(attention_mask):
         return None
     rows, columns = attention_mask.shape
-    lengths = tuple(int(length) for length in attention_mask.ne(0).sum(-1).tolist() if length > 0)
-    if sum(lengths) in (0, rows * columns):
+    real = attention_mask.ne(0)
+    counts, starts = torch.stack((real.sum(-1), real[:, :1].sum(-1))).tolist()
+    lengths = tuple(length for length in counts if length > 0)
+    if sum(lengths) in (0, rows * columns) or (keeps_starts and sum(starts) < len(lengths)):
         return None
     indices_T = attention_mask.flatten().nonzero()[:, 0]
     return PackedLayout(lengths, (rows, columns), attention_mask.device, indices_T)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_bert.checkpoint.native import load_model_weights, newest_good, read_state, step_of
+from megatron_bert.checkpoint.native import checkpoints_folder, load_model_weights, newest_good, read_state, step_of
 from megatron_bert.data.files import written_aside
 from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import fingerprint
@@ -122,22 +122,19 @@ def convert_run(
     Args:
         tokenizer: the run's, where it is no longer at its recipe's `data.tokenizer`.
         dtype: number type of the weights written; those of a checkpoint are float32, and are rounded to the nearest.
-        overwrite: replace `folder`.
+        overwrite: replace `folder`, which then has to be empty or a model's.
 
     Returns:
         the number of steps that the model was trained for.
 
     Raises:
-        UserError: `run` is none or has no good checkpoint, `folder` is there already, or the tokenizer is missing or
-            another one.
+        UserError: `run` is none or has no good checkpoint, `folder` is there already or must not be replaced, or the
+            tokenizer is missing or another one.
         OSError: what the file system says.
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; give the output folder of a pretraining run")
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} is there already; choose another folder or add --overwrite")
-    if folder.resolve() in (run.resolve(), *run.resolve().parents):
-        raise UserError(f"{folder} would replace the run; choose another folder")
+    _check_destination(folder, run, overwrite=overwrite)
     checkpoint = newest_good(run)
     state = read_state(checkpoint)
     loaded = _tokenizer(tokenizer or Path(state["recipe"]["data"]["tokenizer"]), state["identity"]["data.tokenizer"])
@@ -148,6 +145,18 @@ def convert_run(
     network.to(dtype)  # type: ignore[arg-type]
     write_model_folder(network, loaded, folder)
     return step_of(checkpoint)
+
+
+def _check_destination(folder: Path, run: Path, *, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} is there already; choose another folder or add --overwrite")
+    target, checkpoints = folder.resolve(), checkpoints_folder(run).resolve()
+    if target in checkpoints.parents:
+        raise UserError(f"{folder} would replace the run; choose another folder")
+    if checkpoints in (target, *target.parents):
+        raise UserError(f"{folder} would replace the run's checkpoints; choose another folder")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise UserError(f"{folder} is no model's folder, and is left alone; choose another folder")
 
 
 def _tokenizer(path: Path, wanted: str) -> PreTrainedTokenizerBase:
