@@ -98,6 +98,10 @@ def test_the_best_layout_as_a_recipes_settings(capsys):
         "tensor": 2, "sequence_parallel": True, "overlap": True, "shard": 2
     }  # fmt: skip
     assert (recipe.runtime.recompute, recipe.runtime.micro_batch_samples) == ("selective", 4)
+    assert main(["plan", "--size", "3.9b", "--gpus", "1", "--gpu-memory-gib", "8"]) == 0
+    output = capsys.readouterr().out
+    assert "no layout fits" in output
+    assert "recipe" not in output
 
 
 def test_json_has_one_object_a_layout_and_the_dry_run(capsys):

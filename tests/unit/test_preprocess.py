@@ -141,3 +141,9 @@ def test_a_long_text_is_encoded_in_parts(
     monkeypatch.setattr(module, "_PART_CHARACTERS", 5)  # within sentences: no token is lost
     run(tmp_path, tokenizer_folder, texts, "tiny")
     assert IndexedReader(tmp_path / "tiny").tokens.tolist() == whole.tokens.tolist()
+
+
+def test_a_megabyte_without_a_space_or_full_stop_is_one_sentence_at_once() -> None:
+    run = "a" * 1_000_000  # sought for a full stop from each of its characters, hours
+    assert SentenceSplitter().split(f"One. {run} It ends.") == ["One.", f"{run} It ends."]
+    assert SentenceSplitter().split("b" * 600 + "。" + "c" * 600) == ["b" * 600 + "。", "c" * 600]

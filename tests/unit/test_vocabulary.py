@@ -158,3 +158,15 @@ def test_counts_of_a_huge_corpus_are_scaled(corpus: Path, monkeypatch: pytest.Mo
     fed = " ".join(vocabulary._repeated(words, 4)).split()
     assert len(fed) == sum(words.values()) // 4
     assert fingerprint(train_vocabulary([corpus], options)) == fingerprint(whole)
+
+
+def test_words_that_always_become_unknown_give_no_pieces(corpus: Path) -> None:
+    def longest_piece(word: str) -> int:
+        corpus.write_text(TEXT + f"\n{word} {word}\n", encoding="utf-8")
+        tokenizer = train_vocabulary([corpus], VocabularyOptions(size=300))
+        assert (tokenizer.encode(word, add_special_tokens=False).tokens == ["[UNK]"]) == (len(word) > 100)
+        return max(piece.count("tete") for piece in tokenizer.get_vocab())
+
+    assert longest_piece("te" * 50) > 0
+    assert longest_piece("te" * 51) == 0
+    assert longest_piece("te" * 200_000) == 0  # at once; the library's trainer would take a minute

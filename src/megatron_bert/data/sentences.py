@@ -11,7 +11,8 @@ from megatron_bert.errors import UserError
 __all__ = ["SentenceSplitter"]
 
 _LONG_RUN = 1024  # characters without white space
-_PART_OF_RUN = re.compile(r"(\S{512,}?[。！？｡.!?]+[」』”’）》)\]]*)")
+# Or the whole run: one without such a mark would be searched again from each of its characters.
+_PART_OF_RUN = re.compile(r"(\S{512,}?[。！？｡.!?]+[」』”’）》)\]]*)|\S+")
 
 
 class SentenceSplitter:
@@ -39,6 +40,6 @@ class SentenceSplitter:
             text = text.replace("\n", " ")
         if max(map(len, text.split()), default=0) > _LONG_RUN:
             # sentencex takes time in the square of such a run: 20 s for a Chinese novel's page-long line.
-            text = _PART_OF_RUN.sub(r"\1\n", text)
+            text = _PART_OF_RUN.sub(lambda part: f"{part[1]}\n" if part[1] else part[0], text)
         pieces = (line for sentence in sentencex.segment(self.language, text) for line in sentence.splitlines())
         return [stripped for piece in pieces if (stripped := piece.strip())]

@@ -31,6 +31,7 @@ _REPEATS = 1000
 _FED_WORDS = 1 << 27  # given to the library's trainer; of more text, all counts are divided
 _MOST_WORDS = 5_000_000  # different ones that are counted, some 150 bytes each
 _KEPT_PIECES = 300_000
+_LONGEST_WORD = 100  # characters; of more, WordPiece makes one [UNK] (max_input_chars_per_word)
 # Case, accents, Chinese characters, full-width letters, punctuation, a control character and odd white space.
 _PROBE = "ÀÉß Straße\tnaïve中文字ＡＢ it's 3.14_x-y!\x01\u200b\u00a0end"
 
@@ -221,8 +222,12 @@ def _alphabet(words: Mapping[str, int], limit: int) -> list[str]:
 
 
 def _repeated(words: Mapping[str, int], scale: float) -> Iterator[str]:
-    """Each word as often as it was counted, divided by `scale`."""
+    """Each word as often as it was counted, divided by `scale`; those that WordPiece never looks into are left out
+    (and the trainer takes time in the square of a word).
+    """
     for word, counted in words.items():
+        if len(word) > _LONGEST_WORD:
+            continue
         times = round(counted / scale)
         for _ in range(times // _REPEATS):
             yield f"{word} " * _REPEATS

@@ -102,7 +102,7 @@ def _row(number: int, plan: Plan) -> tuple[str, ...]:
 
 
 def details(plan: Plan) -> Iterator[str]:
-    """The parts of a plan's memory, time and communication, and how `pretrain` is told to lay out so."""
+    """The parts of a plan's memory, time and communication; where it fits, how `pretrain` lays out so."""
     memory = plan.memory
     parts = ("weights", "gradients", "optimizer", "activations", "working")
     listed = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in parts)
@@ -114,7 +114,8 @@ def details(plan: Plan) -> Iterator[str]:
     for (kind, axis), sent in sent_by_kind(plan.collectives).items():
         if sent > 1024:
             yield f"sent    {sent / GIB:.3f} GiB a GPU and step: {kind}, {axis} ranks"
-    yield "recipe  " + " ".join(f"--set {name}={value}" for name, value in recipe_settings(plan.layout).items())
+    if plan.fits:
+        yield "recipe  " + " ".join(f"--set {name}={value}" for name, value in recipe_settings(plan.layout).items())
 
 
 def recipe_settings(layout: Layout) -> dict[str, str]:
