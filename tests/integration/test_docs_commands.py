@@ -13,6 +13,7 @@ import pytest
 
 from megatron_bert.cli.main import main
 from tests.integration.tiny_corpus import prepare
+from tests.integration.tiny_megatron import write_tiny_megatron
 from tests.integration.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +26,13 @@ def finished_run(folder: Path) -> None:
     assert main(["pretrain", str(prepare(folder)), "--json"]) == 0
 
 
+def what_can_be_converted(folder: Path) -> None:
+    finished_run(folder)
+    write_tiny_megatron(folder)
+
+
 # What a page finds in its folder before its first block, by the page's name.
-PREPARE: dict[str, Callable[[Path], None]] = {"convert": finished_run, "plot": finished_run}
+PREPARE: dict[str, Callable[[Path], None]] = {"convert": what_can_be_converted, "plot": finished_run}
 
 
 def run_page(page: Path, folder: Path, model: Path) -> "subprocess.CompletedProcess[str]":

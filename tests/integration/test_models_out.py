@@ -169,11 +169,11 @@ def test_what_cannot_be_converted(run: Path, tmp_path: Path, capsys: pytest.Capt
         assert error.count("\n") == 1
         return error
 
-    assert "no such folder" in refused(str(tmp_path / "none"), str(tmp_path / "model"))
+    assert "no such file or folder" in refused(str(tmp_path / "none"), str(tmp_path / "model"))
     assert "has no checkpoint" in refused(str(tmp_path), str(tmp_path / "model"))
     (tmp_path / "there").mkdir()
     assert "is there already" in refused(str(run), str(tmp_path / "there"))
-    assert "would replace the run" in refused(str(run), str(run.parent), "--overwrite")
+    assert "would replace what is converted" in refused(str(run), str(run.parent), "--overwrite")
     checkpoints = sorted((run / "checkpoints").rglob("*"))
     for folder in (run / "checkpoints", checkpoints[0]):
         assert "would replace the run's checkpoints" in refused(str(run), str(folder), "--overwrite")

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_bert import model as model_classes
+from megatron_bert.checkpoint.megatron import read_megatron
 from megatron_bert.checkpoint.native import checkpoints_folder, load_model_weights, newest_good, read_state, step_of
 from megatron_bert.data.files import written_aside
 from megatron_bert.data.tokenization import load_tokenizer
@@ -26,14 +28,14 @@ from megatron_bert.training.configuration import ObjectiveSection
 from megatron_bert.training.network import empty_network
 from megatron_bert.training.ranks import ALONE, Ranks
 
-__all__ = ["convert_run", "write_model_folder", "write_whole_model"]
+__all__ = ["convert_megatron", "convert_run", "is_run", "write_model_folder", "write_whole_model"]
 
 _FILE_BYTES = "5GB"
 
 
 def write_model_folder(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     ranks: Ranks = ALONE,
     files: Mapping[str, str] | None = None,
@@ -66,14 +68,15 @@ def write_whole_model(
 def _write_folder(
     model: PreTrainedModel,
     weights: Iterator[tuple[str, Tensor]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     files: Mapping[str, str],
 ) -> None:
     with written_aside(folder, folder=True) as aside:
         _write_weights(model, weights, aside)
         _write_configuration(model, aside)
-        tokenizer.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         for name, text in files.items():
             (aside / name).write_text(text, encoding="utf-8")
 
@@ -147,12 +150,63 @@ def convert_run(
     return step_of(checkpoint)
 
 
+def is_run(source: Path) -> bool:
+    """Whether `source` looks like the output folder of a pretraining run."""
+    return checkpoints_folder(source).is_dir()
+
+
+def convert_megatron(
+    source: Path,
+    folder: Path,
+    *,
+    tokenizer: Path | None = None,
+    heads: int | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> int | None:
+    """Writes a Megatron-LM checkpoint as a model folder. See `read_megatron`; `convert_run` for the other arguments.
+
+    Args:
+        tokenizer: to be put beside the model; without it the folder has none.
+        dtype: default: as the checkpoint has them.
+
+    Returns:
+        the number of steps that the model was trained for, None where that is not said.
+
+    Raises:
+        UserError: `source` is no such checkpoint or cannot be converted, or the tokenizer has more tokens than the
+            model; and as `convert_run`.
+        OSError: what the file system says.
+    """
+    for path in (source, tokenizer):
+        if path is not None and not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    _check_destination(folder, source, overwrite=overwrite)
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    found = read_megatron(source, heads=heads)
+    if found is None:
+        raise UserError(f"{source} has no checkpoint, neither a pretraining run's nor Megatron-LM's")
+    if loaded is not None and len(loaded) > found.config.vocab_size:
+        raise UserError(f"{tokenizer} has {len(loaded):,} tokens, and the model {found.config.vocab_size:,}")
+    with torch.device("meta"):
+        network: PreTrainedModel = getattr(model_classes, found.class_name)(found.config)
+    materialize(network, torch.device("cpu"))
+    network.to(dtype or next(iter(found.weights.values())).dtype)  # type: ignore[arg-type]
+    missing, unexpected = network.load_state_dict(found.weights, strict=False)
+    if found.config.tie_word_embeddings:
+        missing = [name for name in missing if not name.startswith("cls.predictions.decoder.")]
+    for name in (*unexpected, *missing):
+        raise UserError(f"{source} is no whole {found.class_name}: {name} is {'over' if unexpected else 'missing'}")
+    write_model_folder(network, loaded, folder)
+    return found.steps
+
+
 def _check_destination(folder: Path, run: Path, *, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} is there already; choose another folder or add --overwrite")
     target, checkpoints = folder.resolve(), checkpoints_folder(run).resolve()
     if target in checkpoints.parents:
-        raise UserError(f"{folder} would replace the run; choose another folder")
+        raise UserError(f"{folder} would replace what is converted; choose another folder")
     if checkpoints in (target, *target.parents):
         raise UserError(f"{folder} would replace the run's checkpoints; choose another folder")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):

@@ -1,0 +1,138 @@
+"""The files of a Megatron-LM checkpoint: found, and read without running anything in them.
+
+Megatron-LM (github.com/NVIDIA/Megatron-LM, `megatron/training/checkpointing.py` and what came before it) writes
+`iter_0001000/mp_rank_01_002/model_optim_rng.pt`: a step, or `release` in place of it, tensor-parallel rank 1 and stage
+2 of a pipeline, which older versions have not. NVIDIA's own BERT, of 345 million parameters, is that in a zip file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import safe_globals
+
+from megatron_bert.errors import UserError
+
+__all__ = ["ranks_of_checkpoint", "read_rank"]
+
+_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?$")
+_MOST_KINDS = 64  # of objects beside the weights: arguments, random states
+
+
+@contextmanager
+def ranks_of_checkpoint(source: Path) -> Iterator[list[list[Path]] | None]:
+    """The files of a checkpoint, by stage of the pipeline and tensor-parallel rank; None where `source` is none.
+
+    Args:
+        source: a file of one rank, a zip file, the folder of a step, or the one that it is in.
+
+    Raises:
+        UserError: it is one, but of another format, or files of it are missing.
+    """
+    if source.is_file() and zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            names = [name for name in archive.namelist() if name.rpartition("/")[2] in _FILES]
+            if names:
+                with tempfile.TemporaryDirectory() as folder:
+                    yield _ranks([Path(archive.extract(name, folder)) for name in names], source)
+                return
+    if source.is_file():
+        yield [[source]] if source.suffix == ".pt" else None
+        return
+    step = _step_folder(source)
+    files = [file for name in _FILES for file in sorted(step.glob(f"mp_rank_*/{name}"))]
+    if not files and any(step.glob("*.distcp")):
+        raise UserError(f"{step} is a distributed checkpoint of Megatron-LM's: save it again with --ckpt-format torch")
+    yield _ranks(files, source) if files else None
+
+
+def _step_folder(source: Path) -> Path:
+    """The folder of the newest step, where `source` has steps."""
+    tracker = source / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        step = tracker.read_text(encoding="utf-8").strip()
+        name = f"iter_{int(step):07d}" if step.isdecimal() else step
+        if not (source / name).is_dir():
+            raise UserError(f"{tracker} names {step!r}, and there is no {source / name}")
+        return source / name
+    return source / "release" if (source / "release").is_dir() else source
+
+
+def _ranks(files: list[Path], source: Path) -> list[list[Path]]:
+    found: dict[tuple[int, int], Path] = {}
+    for file in files:
+        match = _RANK.match(file.parent.name)
+        if match is None:
+            raise UserError(f"{source}: {file.parent.name} is no tensor-parallel rank's folder (mp_rank_00)")
+        found[int(match[2] or 0), int(match[1])] = file
+    stages, degree = (max(key[axis] for key in found) + 1 for axis in (0, 1))
+    for stage in range(stages):
+        for rank in range(degree):
+            if (stage, rank) not in found:
+                where = f" of stage {stage}" if stages > 1 else ""
+                raise UserError(f"{source}: tensor-parallel rank {rank}{where} is missing (mp_rank_{rank:02d})")
+    return [[found[stage, rank] for rank in range(degree)] for stage in range(stages)]
+
+
+class _Inert:
+    """Stands for every object of a type that is not PyTorch's own: takes what it is given, and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Of what the object's attributes were."""
+        return self.state.get(name, default) if isinstance(self.state, Mapping) else default
+
+
+def read_rank(file: Path) -> dict[str, Any]:
+    """What Megatron-LM saved of a rank, on the CPU. Objects of other types than tensors, numbers, text and containers
+    of them are inert; `args` are a mapping of Megatron-LM's arguments, empty where there are none.
+
+    Raises:
+        UserError: the file is damaged, or holds something else.
+    """
+    state = _load(file)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
+        names = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
+        more = "an interleaved pipeline's model0; " if isinstance(state, dict) and "model0" in state else ""
+        raise UserError(f"{file} is no checkpoint of Megatron-LM's that can be converted: {more}it holds {names}")
+    args = state.get("args")
+    attributes = args.state if isinstance(args, _Inert) else None
+    if isinstance(args, argparse.Namespace):  # megatron-core, where it is imported, has PyTorch take these
+        attributes = vars(args)
+    return {**state, "args": attributes if isinstance(attributes, Mapping) else {}}
+
+
+def _load(file: Path) -> Any:
+    """`weights_only` refuses types that it does not know, one by one; each is read as `_Inert` then."""
+    inert: list[Any] = []
+    while True:
+        try:
+            with safe_globals(inert), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if found is None or len(inert) == _MOST_KINDS or any(found[1] == name for _, name in inert):
+                said = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+                reason = f": {said[1]}" if said else ""
+                raise UserError(f"{file} cannot be read, and nothing in it was run{reason}") from error
+            inert.append((_Inert, found[1]))
+        except (RuntimeError, EOFError, ValueError) as error:
+            size = file.stat().st_size
+            raise UserError(f"{file} is truncated or damaged ({size:,} bytes); fetch or copy it again") from error

@@ -1,0 +1,275 @@
+"""Checkpoints of Megatron-LM's BERT with megatron-core as the peer: converted, they give its logits."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import json
+import sys
+import types
+import zipfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.checkpoint.megatron_files import read_rank
+from megatron_bert.cli.main import main
+from megatron_bert.model import MegatronBertForMaskedLM, MegatronBertForPreTraining
+
+HIDDEN, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 4, 4, 64, 16
+ARGUMENTS = {
+    "num_layers": LAYERS, "num_attention_heads": HEADS, "layernorm_epsilon": 1e-5, "hidden_dropout": 0.0,
+    "attention_dropout": 0.0, "init_method_std": 0.02, "bias_gelu_fusion": False, "position_embedding_type":
+    "learned_absolute", "normalization": "LayerNorm", "swiglu": False, "group_query_attention": False,
+}  # fmt: skip
+Weights = dict[str, Tensor]
+
+
+class Core(NamedTuple):
+    """megatron-core's model, and in which dimension its tensor-parallel ranks split each weight."""
+
+    weights: Weights
+    split: dict[str, int]
+    inputs: tuple[Tensor, Tensor, Tensor]
+    logits: Tensor
+    pair_logits: Tensor
+
+
+@pytest.fixture(scope="module", params=[True], ids=["tied"])
+def core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Core]:
+    from megatron.core import parallel_state, tensor_parallel  # seconds, which only these tests need
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    store = tmp_path_factory.mktemp("core") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    try:
+        torch.manual_seed(3)
+        config = TransformerConfig(
+            num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, use_cpu_initialization=True,
+            hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False, bias_dropout_fusion=False,
+            bias_activation_fusion=False, masked_softmax_fusion=False, params_dtype=torch.float32,
+            pipeline_dtype=torch.float32, layernorm_epsilon=1e-5,
+        )  # fmt: skip
+        model = BertModel(
+            config, num_tokentypes=2, transformer_layer_spec=bert_layer_local_spec, vocab_size=VOCABULARY,
+            max_sequence_length=POSITIONS, share_embeddings_and_output_weights=request.param,
+        ).eval()  # fmt: skip
+        with torch.no_grad():
+            for parameter in model.parameters():  # biases and norms, too, so that each is seen to count
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        ids = torch.randint(5, VOCABULARY, (2, POSITIONS))
+        mask = torch.ones_like(ids)
+        mask[1, -3:] = 0
+        types_ = (torch.arange(POSITIONS) > 6).long().expand_as(ids)
+        on_cpu = patch("torch.cuda.current_device", return_value="cpu")  # where it makes its buffers
+        unforked = patch.object(tensor_parallel.get_cuda_rng_tracker(), "fork", lambda *_: nullcontext())
+        with on_cpu, unforked, torch.no_grad():
+            logits, pair_logits = model(ids, mask, tokentype_ids=types_)
+        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        split = {
+            name: parameter.partition_dim
+            for name, parameter in model.named_parameters()
+            if getattr(parameter, "tensor_model_parallel", False)
+        }
+        yield Core(weights, split, (ids, mask, types_), logits, pair_logits)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def ranks_of(core: Core, degree: int) -> list[Weights]:
+    """As tensor-parallel ranks hold them."""
+    return [
+        {
+            name: weight.chunk(degree, core.split[name])[rank].clone() if name in core.split else weight
+            for name, weight in core.weights.items()
+        }
+        for rank in range(degree)
+    ]
+
+
+def old(weights: Weights, version: float, degree: int = 1) -> dict[str, Any]:
+    """The same under the names that Megatron-LM gave before megatron-core (its `language_model.py`, `bert_model.py`),
+    and queries, keys and values in that version's order (`checkpointing.py`): see there.
+    """
+    renamed = {
+        "self_attention.linear_qkv": "attention.query_key_value", "self_attention.linear_proj": "attention.dense",
+        "pre_mlp_layernorm": "post_attention_layernorm", "mlp.linear_fc1": "mlp.dense_h_to_4h",
+        "mlp.linear_fc2": "mlp.dense_4h_to_h", "encoder.": "", "embedding.": "", "lm_head.layer_norm": "layernorm",
+        "lm_head.": "", "binary_head.": "", "pooler.": "", "output_layer.": "",
+    }  # fmt: skip
+    language: dict[str, Any] = {"embedding": {}, "transformer": {}, "pooler": {}}
+    model: dict[str, Any] = {"language_model": language, "lm_head": {}, "binary_head": {}}
+    places = {"embedding": language["embedding"], "encoder": language["transformer"], "pooler": language["pooler"],
+              "lm_head": model["lm_head"], "output_layer": model["lm_head"],
+              "binary_head": model["binary_head"]}  # fmt: skip
+    for name, weight in weights.items():
+        if name == "output_layer.weight":  # tied
+            continue
+        if "linear_qkv" in name:
+            heads = HEADS // degree
+            grouped = weight.view(heads, 3, HIDDEN // HEADS, *weight.shape[1:])
+            order = {0.0: (1, 0, 2), 1.0: (0, 2, 1), 2.0: (0, 1, 2)}[version]
+            weight = grouped.permute(*order, *range(3, grouped.ndim)).reshape(weight.shape)
+        place = places[name.partition(".")[0]]
+        for theirs, earlier in renamed.items():
+            name = name.replace(theirs, earlier)
+        if place is language["embedding"]:
+            place.setdefault(name.removesuffix(".weight"), {})["weight"] = weight
+        else:
+            place[name] = weight
+    return model
+
+
+def save(folder: Path, models: list[dict[str, Any]], *, stage: int | None = None, **more: Any) -> Path:
+    for rank, model in enumerate(models):
+        place = folder / (f"mp_rank_{rank:02d}" if stage is None else f"mp_rank_{rank:02d}_{stage:03d}")
+        place.mkdir(parents=True)
+        torch.save({"model": model, **more}, place / "model_optim_rng.pt")
+    return folder
+
+
+def arguments(**changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**ARGUMENTS, **changes})
+
+
+def converted(source: Path, tmp_path: Path, *words: str) -> Path:
+    assert main(["convert", str(source), str(tmp_path / "model"), *words]) == 0
+    return tmp_path / "model"
+
+
+def check(folder: Path, core: Core) -> None:
+    model = MegatronBertForPreTraining.from_pretrained(folder)
+    ids, mask, types_ = core.inputs
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, token_type_ids=types_)
+    real = mask.bool()
+    torch.testing.assert_close(output.prediction_logits[real], core.logits[real], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(output.seq_relationship_logits, core.pair_logits, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_megatron_core(core: Core, tmp_path: Path, degree: int, capsys: pytest.CaptureFixture[str]) -> None:
+    step = tmp_path / "run" / "iter_0001200"
+    save(step, ranks_of(core, degree), args=arguments(tensor_model_parallel_size=degree), checkpoint_version=3.0,
+         iteration=1200)  # fmt: skip
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("1200\n")
+    check(converted(tmp_path / "run", tmp_path, "--json"), core)
+    assert json.loads(capsys.readouterr().out)["steps"] == 1200
+
+
+@pytest.mark.parametrize(("version", "degree"), [(0.0, 1), (0.0, 2), (1.0, 2), (2.0, 2)])
+def test_earlier_names_and_orders(core: Core, tmp_path: Path, version: float, degree: int) -> None:
+    models = [old(weights, version, degree) for weights in ranks_of(core, degree)]
+    said = {"checkpoint_version": version} if version else {}
+    check(converted(save(tmp_path / "old", models, args=arguments(), **said), tmp_path), core)
+
+
+def test_nvidias_zip_file_says_no_heads(core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A release of one rank, whose file is of PyTorch before 1.6, without arguments."""
+    (file := tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt").parent.mkdir(parents=True)
+    torch.save({"model": old(core.weights, 0.0)}, file, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "bert.zip", "w") as archive:
+        archive.write(file, "release/mp_rank_00/model_optim_rng.pt")
+    assert main(["convert", str(tmp_path / "bert.zip"), str(tmp_path / "model")]) == 2
+    assert "0 attention heads cannot be" in capsys.readouterr().err
+    check(converted(tmp_path / "bert.zip", tmp_path, "--heads", str(HEADS)), core)
+    check(converted(tmp_path, tmp_path / "again", "--heads", str(HEADS)), core)
+    check(converted(file, tmp_path / "file", "--heads", str(HEADS)), core)
+
+
+def test_stages_of_a_pipeline(core: Core, tmp_path: Path) -> None:
+    """The first has the embeddings, the last the heads and the tied weight again; each numbers its layers from 0."""
+    stages: list[Weights] = [{}, {}]
+    for name, weight in core.weights.items():
+        if name.startswith("encoder.layers."):
+            number = int(name.split(".")[2])
+            stages[number // 2][name.replace(f"layers.{number}", f"layers.{number % 2}")] = weight
+        else:
+            stages[0 if name.startswith("embedding") else 1][name] = weight
+    for number, weights in enumerate(stages):
+        save(tmp_path / "run", [weights], stage=number, args=arguments(), checkpoint_version=3.0)
+    check(converted(tmp_path / "run", tmp_path), core)
+
+
+def test_fused_norms_and_other_types(core: Core, tmp_path: Path) -> None:
+    """Transformer Engine's names; float16; no head for pairs; tanh GELU; objects of types that are not here."""
+    renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+               "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}  # fmt: skip
+    weights: dict[str, Any] = {"encoder.layers.0.mlp.linear_fc1._extra_state": None}
+    for name, weight in core.weights.items():
+        if not name.startswith(("binary_head", "pooler")):
+            for theirs, fused in renamed.items():
+                name = name.replace(theirs, fused)
+            weights[name] = weight.half()
+    module = types.ModuleType("megatron.elsewhere")
+    module.Kind = enum.Enum("Kind", ["bert"], module="megatron.elsewhere")
+    with patch.dict(sys.modules, {"megatron.elsewhere": module}):
+        save(tmp_path / "run", [weights], args=arguments(kind=module.Kind.bert, bias_gelu_fusion=True))
+    assert read_rank(tmp_path / "run" / "mp_rank_00" / "model_optim_rng.pt")["args"]["num_layers"] == LAYERS
+    model = MegatronBertForMaskedLM.from_pretrained(converted(tmp_path / "run", tmp_path))
+    assert (model.dtype, model.config.hidden_act) == (torch.float16, "gelu_pytorch_tanh")
+    assert torch.equal(
+        model.bert.encoder.layer[1].ln.weight, core.weights["encoder.layers.1.pre_mlp_layernorm.weight"].half()
+    )
+    assert model.config.layer_norm_eps == 1e-5
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
+    two = ranks_of(core, 2)
+    yield save(folder / "lost", two, args=arguments(tensor_model_parallel_size=4)), "4 tensor-parallel ranks, and 2"
+    missing = save(folder / "missing", [*two, two[0]])
+    (missing / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    yield missing, "tensor-parallel rank 1 is missing"
+    yield save(folder / "mixed", [two[0], {**two[1], "pooler.dense.bias": torch.ones(HIDDEN)}], args=arguments()), \
+        "pooler.dense.bias on tensor-parallel rank 1 is not rank 0's"  # fmt: skip
+    yield save(folder / "post", [core.weights], args=arguments(apply_residual_connection_post_layernorm=True)), \
+        "apply_residual_connection_post_layernorm True"  # fmt: skip
+    yield save(folder / "gpt", [{**core.weights, "decoder.layers.0.x.weight": torch.ones(1)}], args=arguments()), \
+        "decoder.layers.0.x.weight is no weight of a BERT"  # fmt: skip
+    yield save(folder / "less", [{k: v for k, v in core.weights.items() if "layers.2.mlp.linear_fc2" not in k}],
+               args=arguments()), "it has no bert.encoder.layer.2.output.dense.weight"  # fmt: skip
+    yield save(folder / "headless", [{k: v for k, v in core.weights.items() if "lm_head.dense" not in k}],
+               args=arguments()), "cls.predictions.transform.dense.weight is missing"  # fmt: skip
+    cut = save(folder / "cut", [core.weights], args=arguments()) / "mp_rank_00" / "model_optim_rng.pt"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    yield cut, "truncated or damaged"
+    (folder / "evil").mkdir()
+    torch.save({"model": Evil()}, folder / "evil" / "model_optim_rng.pt")
+    yield folder / "evil" / "model_optim_rng.pt", "nothing in it was run"
+    (folder / "dist").mkdir()
+    (folder / "dist" / "__0_0.distcp").touch()
+    yield folder / "dist", "--ckpt-format torch"
+    yield folder / "nothing", "no such file or folder"
+    (folder / "text.txt").write_text("text")
+    yield folder / "text.txt", "has no checkpoint"
+
+
+@pytest.mark.parametrize("core", [False], indirect=True, ids=["untied"])
+def test_an_output_layer_of_its_own(core: Core, tmp_path: Path) -> None:
+    check(converted(save(tmp_path / "run", ranks_of(core, 2), args=arguments()), tmp_path), core)
+
+
+def test_bad_input_is_one_line(core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source, said in bad_sources(core, tmp_path):
+        assert main(["convert", str(source), str(tmp_path / "model")]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert not captured.out, "something in a file was run"
+        assert captured.err.count("\n") == 1
+        assert not (tmp_path / "model").exists()
