@@ -121,6 +121,11 @@ def test_the_papers_table(capsys):
     assert [row["paper"] for row in rows] == [1.0, 0.95, 0.82, 0.77, 0.96, 0.83, 0.79, 0.74]
 
 
+def test_the_model_in_the_box(capsys):
+    assert main(["plan", "--model", "mini", "--batch", "8"]) == 0
+    assert "parameters; 8 rows" in capsys.readouterr().out
+
+
 def test_a_folder_and_a_gpus_own_numbers(tmp_path, capsys):
     write_tiny_model(tmp_path)
     numbers = ["--gpu-teraflops", "100", "--gpu-memory-gib", "16", "--gpu-memory-gbps", "1000", "--gpu-link-gbps", "50"]

@@ -110,6 +110,8 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
         ("data.tokens=null", r"data\.tokens.*: Input is not a valid path"),
         ("model.size=354m", r"model: size '354m' is not known \(did you mean 345m\?\) \(known: 345m, 1\.3b, "),
+        ("training.steps=true", r"training\.steps: .*true is no number"),
+        ("runtime.micro_batch_samples=false", r"micro_batch_samples: .*false is no number"),
         ("model={size: 2b}", r"model: size '2b' is not known.*\(known: 345m, "),
         ("model={num_hidden_layers: 2}", r"model: hidden_size, num_attention_heads missing: give a size"),
         ("model.start_from=checkpoint", r"start_from takes the shape from the checkpoint, so leave out hidden_size, "),

@@ -10,6 +10,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+from megatron_bert.bundled import resolved
 from megatron_bert.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert plan`."""
     model = parser.add_argument_group("the model: a size, a folder, or numbers")
     model.add_argument("--size", metavar="NAME", help="345m, 1.3b, 3.9b or 8.9b")
-    model.add_argument("--model", metavar="DIR", help="a folder with a config.json")
+    model.add_argument("--model", metavar="DIR", help="a folder with a config.json, or mini")
     for name in ("hidden-size", "layers", "heads"):
         model.add_argument(f"--{name}", type=_positive, metavar="N")
     model.add_argument("--vocab-size", type=_positive, metavar="N", help="default: 29056, or the folder's")
@@ -126,7 +127,7 @@ def _config(args: argparse.Namespace) -> MegatronBertConfig:
     if sum(given) != 1:
         raise UserError("give one of --size, --model, or --hidden-size with --layers and --heads")
     if args.model:
-        config = check_model(args.model)
+        config = check_model(resolved(args.model))
         config.vocab_size = args.vocab_size or config.vocab_size
         return config
     if args.size:

@@ -126,6 +126,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> MegatronBertTokenize
     try:
         tokenizer = _load(source, where)
     except Exception as error:  # the readers of these formats raise anything, bare Exception included
+        if source is None:
+            raise UserError(f"{where}: no such file or folder here, and no tokenizer of that name to be had from the "
+                            f"hub: {error}") from error  # fmt: skip
         raise UserError(f"cannot read the tokenizer of {where}: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, _MaskSpelling):
         raise UserError(f"{where} has a {type(tokenizer).__name__}, which is not a BERT tokenizer of this model family")

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megatron_bert.bundled import resolved
 from megatron_bert.errors import UserError
@@ -57,6 +68,14 @@ class Section(BaseModel):
     """A part of a recipe: an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_a_number(cls, value: Any, field: ValidationInfo) -> Any:
+        kind = cls.model_fields[field.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)} and bool not in {kind, *get_args(kind)}:
+            raise ValueError(f"{str(value).lower()} is no number")
+        return value
 
     def as_yaml(self) -> str:
         """With every value spelled out."""
