@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+import os
 import sys
 import types
 import zipfile
@@ -203,7 +204,9 @@ def test_stages_of_a_pipeline(core: Core, tmp_path: Path) -> None:
 
 
 def test_fused_norms_and_other_types(core: Core, tmp_path: Path) -> None:
-    """Transformer Engine's names; float16; no head for pairs; tanh GELU; objects of types that are not here."""
+    """Transformer Engine's names; float16; no head for pairs; tanh GELU; objects of types that are not here, made by
+    a class, or as Python 3.11.0 to 3.11.3 pickle enumerations, by `getattr`.
+    """
     renamed = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}  # fmt: skip
     weights: dict[str, Any] = {"encoder.layers.0.mlp.linear_fc1._extra_state": None}
@@ -215,7 +218,8 @@ def test_fused_norms_and_other_types(core: Core, tmp_path: Path) -> None:
     module = types.ModuleType("megatron.elsewhere")
     module.Kind = enum.Enum("Kind", ["bert"], module="megatron.elsewhere")
     with patch.dict(sys.modules, {"megatron.elsewhere": module}):
-        save(tmp_path / "run", [weights], args=arguments(kind=module.Kind.bert, bias_gelu_fusion=True))
+        made = Evil(getattr, (module.Kind, "bert"))
+        save(tmp_path / "run", [weights], args=arguments(kind=module.Kind.bert, made=made, bias_gelu_fusion=True))
     assert read_rank(tmp_path / "run" / "mp_rank_00" / "model_optim_rng.pt")["args"]["num_layers"] == LAYERS
     model = MegatronBertForMaskedLM.from_pretrained(converted(tmp_path / "run", tmp_path))
     assert (model.dtype, model.config.hidden_act) == (torch.float16, "gelu_pytorch_tanh")
@@ -226,8 +230,11 @@ def test_fused_norms_and_other_types(core: Core, tmp_path: Path) -> None:
 
 
 class Evil:
+    def __init__(self, *what: Any) -> None:
+        self.what = what
+
     def __reduce__(self) -> Any:
-        return print, ("run",)
+        return self.what
 
 
 def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
@@ -249,9 +256,15 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     cut = save(folder / "cut", [core.weights], args=arguments()) / "mp_rank_00" / "model_optim_rng.pt"
     cut.write_bytes(cut.read_bytes()[:3000])
     yield cut, "truncated or damaged"
-    (folder / "evil").mkdir()
-    torch.save({"model": Evil()}, folder / "evil" / "model_optim_rng.pt")
-    yield folder / "evil" / "model_optim_rng.pt", "nothing in it was run"
+    for name, function, said in (
+        ("evil", print, "is no checkpoint of Megatron-LM's"),
+        ("worse", os.system, "was run: Tr"),
+    ):
+        (folder / name).mkdir()
+        file = folder / name / "model_optim_rng.pt"
+        torch.save({"model": Evil(function, (f"touch {folder / 'run'}",))}, file)
+        yield file, said
+        assert not (folder / "run").exists()
     (folder / "dist").mkdir()
     (folder / "dist" / "__0_0.distcp").touch()
     yield folder / "dist", "--ckpt-format torch"

@@ -128,11 +128,12 @@ def _load(file: Path) -> Any:
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if found is None or len(inert) == _MOST_KINDS or any(found[1] == name for _, name in inert):
+            name = (found[1] if "." in found[1] else f"builtins.{found[1]}") if found else ""
+            if not name or len(inert) == _MOST_KINDS or any(name == other for _, other in inert):
                 said = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
                 reason = f": {said[1]}" if said else ""
                 raise UserError(f"{file} cannot be read, and nothing in it was run{reason}") from error
-            inert.append((_Inert, found[1]))
+            inert.append((_Inert, name))
         except (RuntimeError, EOFError, ValueError) as error:
             size = file.stat().st_size
             raise UserError(f"{file} is truncated or damaged ({size:,} bytes); fetch or copy it again") from error
