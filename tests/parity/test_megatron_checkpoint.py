@@ -256,10 +256,8 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     cut = save(folder / "cut", [core.weights], args=arguments()) / "mp_rank_00" / "model_optim_rng.pt"
     cut.write_bytes(cut.read_bytes()[:3000])
     yield cut, "truncated or damaged"
-    for name, function, said in (
-        ("evil", print, "is no checkpoint of Megatron-LM's"),
-        ("worse", os.system, "was run: Tr"),
-    ):
+    evil = [("evil", print, "is no checkpoint of Megatron-LM's"), ("worse", os.system, "nothing in it was run")]
+    for name, function, said in evil:
         (folder / name).mkdir()
         file = folder / name / "model_optim_rng.pt"
         torch.save({"model": Evil(function, (f"touch {folder / 'run'}",))}, file)
