@@ -18,11 +18,18 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 
 from megatron_bert.checkpoint.megatron_files import read_rank
 from megatron_bert.cli.main import main
-from megatron_bert.model import MegatronBertForMaskedLM, MegatronBertForPreTraining
+from megatron_bert.model import (
+    MegatronBertForMaskedLM,
+    MegatronBertForMultipleChoice,
+    MegatronBertForPreTraining,
+    MegatronBertForSequenceClassification,
+    MegatronBertModel,
+)
 
 HIDDEN, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 4, 4, 64, 16
 ARGUMENTS = {
@@ -227,6 +234,38 @@ def test_fused_norms_and_other_types(core: Core, tmp_path: Path) -> None:
         model.bert.encoder.layer[1].ln.weight, core.weights["encoder.layers.1.pre_mlp_layernorm.weight"].half()
     )
     assert model.config.layer_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("head", "model_class"),
+    [
+        ({"classification_head.weight": (3, HIDDEN), "classification_head.bias": (3,)},
+         MegatronBertForSequenceClassification),
+        ({"multichoice_head.weight": (1, HIDDEN), "multichoice_head.bias": (1,)}, MegatronBertForMultipleChoice),
+        ({}, MegatronBertModel),
+    ],
+    ids=["classification", "multichoice", "none"],
+)  # fmt: skip
+def test_other_heads(core: Core, tmp_path: Path, head: dict[str, tuple[int, ...]], model_class: Any) -> None:
+    body = {name: one for name, one in core.weights.items() if not name.startswith(("lm_head", "output", "binary"))}
+    weights = {name: torch.randn(shape) for name, shape in head.items()}
+    folder = converted(save(tmp_path / "run", [{**body, **weights}], args=arguments()), tmp_path)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [model_class.__name__]
+    model, report = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    theirs = getattr(transformers, model_class.__name__).from_pretrained(folder).eval()
+    ids, mask, types_ = core.inputs
+    if model_class is MegatronBertForMultipleChoice:
+        ids, mask, types_ = ids[None], mask[None], types_[None]
+    with torch.no_grad():
+        ours, expected = (one.eval()(ids, attention_mask=mask, token_type_ids=types_) for one in (model, theirs))
+    seen: Any = ... if head else mask.bool()
+    torch.testing.assert_close(ours[0][seen], expected[0][seen], atol=2e-5, rtol=1e-5)
+    if head:
+        weight, bias = weights.values()
+        assert torch.equal(model.classifier.weight, weight)
+        assert torch.equal(model.classifier.bias, bias)
 
 
 class Evil:

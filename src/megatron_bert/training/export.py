@@ -192,7 +192,10 @@ def convert_megatron(
         network: PreTrainedModel = getattr(model_classes, found.class_name)(found.config)
     materialize(network, torch.device("cpu"))
     network.to(dtype or next(iter(found.weights.values())).dtype)  # type: ignore[arg-type]
-    missing, unexpected = network.load_state_dict(found.weights, strict=False)
+    # A model without heads is the body, whose names begin so in the others.
+    prefix = f"{network.base_model_prefix}." if network.base_model is network else ""
+    weights = {name.removeprefix(prefix): weight for name, weight in found.weights.items()}
+    missing, unexpected = network.load_state_dict(weights, strict=False)
     if found.config.tie_word_embeddings:
         missing = [name for name in missing if not name.startswith("cls.predictions.decoder.")]
     for name in (*unexpected, *missing):
