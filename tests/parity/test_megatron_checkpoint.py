@@ -6,6 +6,7 @@ import argparse
 import enum
 import json
 import os
+import random
 import sys
 import types
 import zipfile
@@ -289,7 +290,7 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     yield save(folder / "gpt", [{**core.weights, "decoder.layers.0.x.weight": torch.ones(1)}], args=arguments()), \
         "decoder.layers.0.x.weight is no weight of a BERT"  # fmt: skip
     yield save(folder / "less", [{k: v for k, v in core.weights.items() if "layers.2.mlp.linear_fc2" not in k}],
-               args=arguments()), "it has no bert.encoder.layer.2.output.dense.weight"  # fmt: skip
+               args=arguments()), "bert.encoder.layer.2.output.dense.weight is missing"  # fmt: skip
     yield save(folder / "headless", [{k: v for k, v in core.weights.items() if "lm_head.dense" not in k}],
                args=arguments()), "cls.predictions.transform.dense.weight is missing"  # fmt: skip
     cut = save(folder / "cut", [core.weights], args=arguments()) / "mp_rank_00" / "model_optim_rng.pt"
@@ -306,6 +307,9 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     (folder / "dist" / "__0_0.distcp").touch()
     yield folder / "dist", "--ckpt-format torch"
     yield folder / "nothing", "no such file or folder"
+    for seed in range(40):
+        (folder / "noise.pt").write_bytes(random.Random(seed).randbytes(seed * 8))
+        yield folder / "noise.pt", "noise.pt "
     (folder / "text.txt").write_text("text")
     yield folder / "text.txt", "has no checkpoint"
 
@@ -313,6 +317,12 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
 @pytest.mark.parametrize("core", [False], indirect=True, ids=["untied"])
 def test_an_output_layer_of_its_own(core: Core, tmp_path: Path) -> None:
     check(converted(save(tmp_path / "run", ranks_of(core, 2), args=arguments()), tmp_path), core)
+
+
+@pytest.mark.parametrize("heads", ["0", "-4"])
+def test_heads_are_a_number_above_0(tmp_path: Path, heads: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tmp_path), str(tmp_path / "model"), "--heads", heads]) == 2
+    assert f"--heads {heads} is not a number above 0" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

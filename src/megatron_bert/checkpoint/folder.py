@@ -123,6 +123,22 @@ def refusing_pickles(file: str) -> Iterator[None]:
         ) from error
 
 
+# What a byte too few, or another one, makes of the reader's steps.
+_DAMAGE = (
+    RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+)  # fmt: skip
+
+
+@contextmanager
+def explaining_damage(file: Path) -> Iterator[None]:
+    """Turns what PyTorch's reader says of a file that is not whole into a ``UserError`` about ``file``."""
+    try:
+        yield
+    except _DAMAGE as error:
+        size = file.stat().st_size
+        raise UserError(f"{file} is truncated or damaged ({size:,} bytes); fetch or copy it again") from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that the weights in ``folder`` are spread over.
 
@@ -168,13 +184,9 @@ def _safetensors_shapes(file: Path) -> Shapes:
 
 
 def _pickle_shapes(file: Path) -> Shapes:
-    with refusing_pickles(str(file)), warnings.catch_warnings():
+    with refusing_pickles(str(file)), explaining_damage(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            state = torch.load(file, map_location="meta", weights_only=True)
-        except (RuntimeError, EOFError, struct.error) as error:
-            size = file.stat().st_size
-            raise UserError(f"{file} is truncated or damaged ({size:,} bytes); fetch or copy it again") from error
+        state = torch.load(file, map_location="meta", weights_only=True)
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file} holds a {type(state).__name__} and not weights by name")
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}

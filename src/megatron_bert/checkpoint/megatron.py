@@ -19,7 +19,15 @@ from torch import Tensor
 
 from megatron_bert.checkpoint.megatron_files import ranks_of_checkpoint, read_rank
 from megatron_bert.errors import UserError
-from megatron_bert.model import MegatronBertConfig
+from megatron_bert.model import (
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
+    MegatronBertForMultipleChoice,
+    MegatronBertForPreTraining,
+    MegatronBertForSequenceClassification,
+    MegatronBertModel,
+    MegatronBertPreTrainedModel,
+)
 from megatron_bert.sharding import split_dim
 
 __all__ = ["MegatronModel", "read_megatron"]
@@ -62,6 +70,7 @@ _AROUND = {
     "classification_head": "classifier",
     "multichoice_head": "classifier",
 }
+_SIZED = tuple(f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type"))
 _DECODER = "cls.predictions.decoder.weight"
 # What would make another architecture of it.
 _ONLY: dict[str, Any] = {
@@ -80,12 +89,12 @@ class MegatronModel:
     """A model of Megatron-LM's.
 
     Attributes:
-        class_name: of the family, which has its heads.
+        model_class: of the family, which has its heads.
         weights: by the names of that class; without those that are tied to others.
         steps: that it was trained for, where that is said.
     """
 
-    class_name: str
+    model_class: type[MegatronBertPreTrainedModel]
     config: MegatronBertConfig
     weights: dict[str, Tensor]
     steps: int | None
@@ -104,22 +113,21 @@ def read_megatron(source: Path, *, heads: int | None = None) -> MegatronModel | 
         if stages is None:
             return None
         weights: dict[str, Tensor] = {}
-        first: dict[str, Any] | None = None
-        for files in stages:
-            ranks = [read_rank(file) for file in files]
-            first = first or ranks[0]
-            try:
-                num_heads = _num_heads(first, ranks[0]["model"], len(ranks), heads)
+        first: dict[str, Any] = {}
+        num_heads = 0
+        try:
+            for files in stages:
+                ranks = [read_rank(file) for file in files]
+                if not first:
+                    first, num_heads = ranks[0], _num_heads(ranks[0], len(ranks), heads)
                 weights |= _whole_weights(ranks, num_heads, first_layer=_num_layers(weights))
-            except UserError as error:
-                raise UserError(f"{source}: {error}") from error
-        assert first is not None
-        _check_complete(weights, source)
-        weights = {name: weight.clone() for name, weight in weights.items()}  # no file has to stay
-        _settle_decoder(weights)
+            _settle_decoder(weights)
+            config = _config(weights, num_heads, first["args"])
+        except UserError as error:
+            where = "" if str(source) in str(error) else f"{source}: "
+            raise UserError(f"{where}{error}") from error
     steps = first.get("iteration")
-    return MegatronModel(_class_name(weights), _config(weights, num_heads, first["args"]), weights,
-                         steps if isinstance(steps, int) and steps else None)  # fmt: skip
+    return MegatronModel(_model_class(weights), config, weights, steps if isinstance(steps, int) and steps else None)
 
 
 # --- Weights
@@ -203,46 +211,34 @@ def _settle_decoder(weights: dict[str, Tensor]) -> None:
     """The product with the vocabulary: tied to the word embeddings and saved again, as by a pipeline's last stage, or a
     weight of its own, with the bias that we call by two names.
     """
-    if _DECODER not in weights:
+    words = weights.get("bert.embeddings.word_embeddings.weight")
+    if _DECODER not in weights or words is None:
         return
-    if torch.equal(weights[_DECODER], weights["bert.embeddings.word_embeddings.weight"]):
+    if torch.equal(weights[_DECODER], words):
         del weights[_DECODER]
     elif "cls.predictions.bias" in weights:
-        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
 
 
 def _num_layers(weights: Mapping[str, Tensor]) -> int:
     return len({name.split(".")[3] for name in weights if name.startswith("bert.encoder.layer.")})
 
 
-def _check_complete(weights: Mapping[str, Tensor], source: Path) -> None:
-    """All of a layer in each layer, and what is around them. Heads may be missing."""
-    layers = [f"bert.encoder.layer.{number}." for number in range(_num_layers(weights))]
-    in_layer = ("attention.ln", "attention.self.query", "attention.output.dense", "ln", "intermediate.dense")
-    kinds = (*in_layer, "output.dense")
-    wanted = [f"{layer}{kind}.{part}" for layer in layers for kind in kinds for part in ("weight", "bias")]
-    wanted += [f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")]
-    wanted += ["bert.encoder.ln.weight", "bert.encoder.ln.bias"]
-    missing = [name for name in wanted if name not in weights]
-    if missing or not layers:
-        raise UserError(f"{source} is no whole BERT of Megatron-LM's: it has no {missing[0] if layers else 'layers'}")
-
-
-def _class_name(weights: Mapping[str, Tensor]) -> str:
+def _model_class(weights: Mapping[str, Tensor]) -> type[MegatronBertPreTrainedModel]:
     if "cls.seq_relationship.weight" in weights:
-        return "MegatronBertForPreTraining"
+        return MegatronBertForPreTraining
     if "cls.predictions.bias" in weights:
-        return "MegatronBertForMaskedLM"
+        return MegatronBertForMaskedLM
     if "classifier.weight" in weights:
         is_choice = len(weights["classifier.weight"]) == 1
-        return "MegatronBertForMultipleChoice" if is_choice else "MegatronBertForSequenceClassification"
-    return "MegatronBertModel"
+        return MegatronBertForMultipleChoice if is_choice else MegatronBertForSequenceClassification
+    return MegatronBertModel
 
 
 # --- Configuration
 
 
-def _num_heads(first: Mapping[str, Any], model: Mapping[str, Any], degree: int, heads: int | None) -> int:
+def _num_heads(first: Mapping[str, Any], degree: int, heads: int | None) -> int:
     """Of all ranks together."""
     args = first["args"]
     for name, value in _ONLY.items():
@@ -255,7 +251,7 @@ def _num_heads(first: Mapping[str, Any], model: Mapping[str, Any], degree: int, 
     if found and heads and heads != found:
         raise UserError(f"it has {found} attention heads, not {heads}")
     if not found and not heads:
-        hidden = next(weight.shape[-1] for name, weight in _flat(model) if name.endswith("layernorm.weight"))
+        hidden = next(weight.shape[-1] for name, weight in _flat(first["model"]) if name.endswith("layernorm.weight"))
         found = hidden // _HEAD_DIMENSION
         log.warning("the checkpoint does not say how many heads it has: %d of %d features each are taken (--heads)",
                     found, _HEAD_DIMENSION)  # fmt: skip
@@ -266,9 +262,12 @@ def _num_heads(first: Mapping[str, Any], model: Mapping[str, Any], degree: int, 
 
 
 def _config(weights: Mapping[str, Tensor], num_heads: int, args: Mapping[str, Any]) -> MegatronBertConfig:
-    """Sizes are the weights'; the rest is Megatron-LM's arguments, or their defaults there (`arguments.py`). Where it
-    fuses bias and activation, as it does by default, GELU is its tanh approximation (`fused_bias_gelu.py`).
+    """Sizes are the weights'; the rest is Megatron-LM's arguments, or their defaults there (`arguments.py`). Where bias
+    and activation were fused, GELU is its tanh approximation (`fused_bias_gelu.py`); without arguments, the exact one.
     """
+    for name in (*_SIZED, "bert.encoder.layer.0.intermediate.dense.weight"):
+        if name not in weights:
+            raise UserError(f"it is no BERT of Megatron-LM's: it has no {name}")
     shapes = {name.removeprefix("bert."): weight.shape for name, weight in weights.items()}
     vocabulary, hidden = shapes["embeddings.word_embeddings.weight"]
     activation = "gelu"

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch.serialization import safe_globals
 
+from megatron_bert.checkpoint.folder import explaining_damage
 from megatron_bert.errors import UserError
 
 __all__ = ["ranks_of_checkpoint", "read_rank"]
 
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
-_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?$")
+_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _MOST_KINDS = 64  # of objects beside the weights: arguments, random states
 
 
@@ -72,7 +73,7 @@ def _step_folder(source: Path) -> Path:
 def _ranks(files: list[Path], source: Path) -> list[list[Path]]:
     found: dict[tuple[int, int], Path] = {}
     for file in files:
-        match = _RANK.match(file.parent.name)
+        match = _RANK.fullmatch(file.parent.name)
         if match is None:
             raise UserError(f"{source}: {file.parent.name} is no tensor-parallel rank's folder (mp_rank_00)")
         found[int(match[2] or 0), int(match[1])] = file
@@ -93,10 +94,6 @@ class _Inert:
 
     def __setstate__(self, state: object) -> None:
         self.state = state
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Of what the object's attributes were."""
-        return self.state.get(name, default) if isinstance(self.state, Mapping) else default
 
 
 def read_rank(file: Path) -> dict[str, Any]:
@@ -123,7 +120,7 @@ def _load(file: Path) -> Any:
     inert: list[Any] = []
     while True:
         try:
-            with safe_globals(inert), warnings.catch_warnings():
+            with safe_globals(inert), explaining_damage(file), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError as error:
@@ -134,6 +131,3 @@ def _load(file: Path) -> Any:
                 reason = f": {said[1]}" if said else ""
                 raise UserError(f"{file} cannot be read, and nothing in it was run{reason}") from error
             inert.append((_Inert, name))
-        except (RuntimeError, EOFError, ValueError) as error:
-            size = file.stat().st_size
-            raise UserError(f"{file} is truncated or damaged ({size:,} bytes); fetch or copy it again") from error

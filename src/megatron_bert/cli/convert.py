@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     options = {"tokenizer": args.tokenizer, "overwrite": args.overwrite}
     if args.dtype:
         options["dtype"] = getattr(torch, args.dtype)
+    if args.heads is not None and args.heads < 1:
+        raise UserError(f"--heads {args.heads} is not a number above 0")
     steps: int | None
     if is_run(args.source):
         if args.heads:

@@ -144,9 +144,10 @@ def _layouts(job: Job, gpu: Gpu, choice: Choice) -> Iterator[Layout]:
         for shard in sorted(shards):
             for sequence_parallel in sequences if choice.sequence_parallel is None else (choice.sequence_parallel,):
                 for recompute in kinds if choice.recompute is None else (choice.recompute,):
+                    can_overlap = sequence_parallel and tensor <= gpu.node_gpus
                     layout = Layout(
                         tensor, shard, data // shard, sequence_parallel, recompute, choice.micro_rows or 1,
-                        sequence_parallel and tensor <= gpu.node_gpus if choice.overlap is None else choice.overlap,
+                        can_overlap if choice.overlap is None else choice.overlap,
                     )  # fmt: skip
                     if _is_possible(job, layout):
                         yield layout

@@ -73,7 +73,8 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_as_a_number(cls, value: Any, field: ValidationInfo) -> Any:
         kind = cls.model_fields[field.field_name or ""].annotation
-        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)} and bool not in {kind, *get_args(kind)}:
+        kinds = {kind, *get_args(kind)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
             raise ValueError(f"{str(value).lower()} is no number")
         return value
 

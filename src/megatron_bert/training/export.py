@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_bert import model as model_classes
 from megatron_bert.checkpoint.megatron import read_megatron
 from megatron_bert.checkpoint.native import checkpoints_folder, load_model_weights, newest_good, read_state, step_of
 from megatron_bert.data.files import written_aside
@@ -189,7 +188,7 @@ def convert_megatron(
     if loaded is not None and len(loaded) > found.config.vocab_size:
         raise UserError(f"{tokenizer} has {len(loaded):,} tokens, and the model {found.config.vocab_size:,}")
     with torch.device("meta"):
-        network: PreTrainedModel = getattr(model_classes, found.class_name)(found.config)
+        network = found.model_class(found.config)
     materialize(network, torch.device("cpu"))
     network.to(dtype or next(iter(found.weights.values())).dtype)  # type: ignore[arg-type]
     # A model without heads is the body, whose names begin so in the others.
@@ -198,8 +197,9 @@ def convert_megatron(
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if found.config.tie_word_embeddings:
         missing = [name for name in missing if not name.startswith("cls.predictions.decoder.")]
-    for name in (*unexpected, *missing):
-        raise UserError(f"{source} is no whole {found.class_name}: {name} is {'over' if unexpected else 'missing'}")
+    if wrong := [*unexpected, *missing]:
+        what = "over" if unexpected else "missing"
+        raise UserError(f"{source} is no whole {found.model_class.__name__}: {wrong[0]} is {what}")
     write_model_folder(network, loaded, folder)
     return found.steps
 
