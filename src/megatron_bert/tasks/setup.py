@@ -232,7 +232,7 @@ class RunSetup:
             shapes = FixedShapes(batches.layout.micro_samples, batches.row_tokens, 0.0, batches.text_tokens)
         task = inputs.task
         runtime, precision = configuration.runtime, self.training.precision
-        graphs = pass_graphs(inputs.device, precision, runtime.recompute, inputs.ranks.mesh)
+        graphs = pass_graphs(inputs.device, precision, runtime.recompute)
         return SupervisedObjective(
             network, inputs.device, task.head, task.problem(), precision, shapes=shapes,
             graphs=graphs if compiled and runtime.cuda_graphs else None,

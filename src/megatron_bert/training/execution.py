@@ -90,7 +90,7 @@ def build_objective(
         precision,
         token_losses=computes,
         shapes=FixedShapes(rows, row_tokens, predicted_share) if compiled else None,
-        graphs=pass_graphs(device, precision, recompute, mesh) if cuda_graphs and compiled else None,
+        graphs=pass_graphs(device, precision, recompute) if cuda_graphs and compiled else None,
     )
 
 
@@ -144,14 +144,11 @@ def make_ready(
         parallelize(model, mesh, prepare_layers=prepare, parameter_dtype=parameter_dtype, keeps_layers=keeps_layers)
 
 
-def pass_graphs(
-    device: torch.device, precision: str, recompute: Recompute, mesh: ParallelMesh | None
-) -> PassGraphs | None:
-    """Where compiled passes are recorded: on a GPU, with no hooks around layers, and no random stream wound back; not
-    in float32, in which attention to packed sequences has no kernel of fixed shapes.
+def pass_graphs(device: torch.device, precision: str, recompute: Recompute) -> PassGraphs | None:
+    """Where compiled passes are recorded: on a GPU, with no random stream wound back; not in float32, in which attention
+    to packed sequences has no kernel of fixed shapes.
     """
-    is_free = recompute == "none" and (mesh is None or not mesh.is_sharded)
-    return PassGraphs(device) if device.type == "cuda" and is_free and precision != "float32" else None
+    return PassGraphs(device) if device.type == "cuda" and recompute == "none" and precision != "float32" else None
 
 
 def should_compile(wanted: bool | None, device: torch.device) -> bool:
