@@ -370,7 +370,7 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 def _layout_name(row: dict[str, Any]) -> str:
     parts = [f"tensor {row['tensor']}"] if row["tensor"] > 1 else []
     data = row["gpus"] // row["tensor"]
-    parts += [f"{'sharded' if row['shard'] is None else 'replicated'} {data}"] if data > 1 else []
+    parts += [f"{'replicated' if row['shard'] == 1 else 'sharded'} {data}"] if data > 1 else []
     parts += [name for key, name in (("sequence_parallel", "sequence"), ("overlap", "overlap")) if row[key]]
     parts += ["recomputed"] if row["recompute"] == "full" else []
     return ", ".join(parts) or "alone"

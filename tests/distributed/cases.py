@@ -269,6 +269,30 @@ def equals_single_process(
     assert not compiled or torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
+def evaluates_what_a_recorded_step_wrote(*, keeps_layers: bool) -> None:
+    """Such a step changes a rank's parts of the weights, and runs none of the code that puts them together."""
+    mesh, model = mesh_of(1), build()
+    parallelize(model, mesh, keeps_layers=keeps_layers)
+    batch = step_batches(1, packed=False)[0]
+
+    def evaluated() -> float:
+        with torch.no_grad():
+            return float(call_within(model, losses, model, batch, None)[0])
+
+    parts = list(model.parameters())
+    before = evaluated()
+    for parameter in parts:
+        parameter.detach().to_local().mul_(0.5)
+    after = evaluated()
+    reference = build()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.5)
+        expected = float(losses(reference, batch, None)[0])
+    assert abs(after - expected) <= TOLERANCE * expected < abs(before - expected)
+    assert all(one is other for one, other in zip(parts, model.parameters(), strict=True))
+
+
 def goes_on_at_another_layout(folder: Path, *, saved_at: int, layouts: list[int]) -> None:
     """Weights and optimizer states are saved at one tensor degree and read at others, to the bit, and go on alike."""
     model, mesh = build(), mesh_of(saved_at)

@@ -67,9 +67,9 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
         time.sleep(0.05)
 
 
-def losses(output: Path) -> dict[int, float]:
+def losses(output: Path, kind: str = "training") -> dict[int, float]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "training"}
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == kind}
 
 
 def test_a_killed_rank_and_a_signal(folder: Path, tmp_path: Path) -> None:

@@ -52,3 +52,8 @@ def test_overlapped(world, compiled):
 
 def test_twenty_steps(world):
     world(2).run(cases.equals_single_process, tensor=2, sequence_parallel=True, packed=True, steps=20)
+
+
+@pytest.mark.parametrize("keeps_layers", [False, True])
+def test_evaluation_after_a_recorded_step(world, keeps_layers):
+    world(2).run(cases.evaluates_what_a_recorded_step_wrote, keeps_layers=keeps_layers)

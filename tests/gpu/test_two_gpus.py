@@ -72,6 +72,9 @@ def test_layouts_train_alike(folder: Path, tmp_path: Path, replicated: Path, lay
     assert found.keys() == reference.keys() == set(range(1, STEPS + 1))
     assert [found[step] for step in range(1, 6)] == pytest.approx([reference[step] for step in range(1, 6)], rel=2e-3)
     assert found == pytest.approx(reference, rel=3e-2)
+    validation = losses(replicated, "validation")
+    assert validation.keys() == {10, 20, 30}
+    assert losses(tmp_path / "run", "validation") == pytest.approx(validation, rel=1e-2)
 
 
 def test_going_on_at_another_layout(folder: Path, tmp_path: Path, replicated: Path) -> None:

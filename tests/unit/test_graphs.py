@@ -151,15 +151,14 @@ def test_nothing_recorded_outlives_the_run(fails: bool, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("precision", "recompute", "mesh", "recorded"),
+    ("precision", "recompute", "recorded"),
     [
-        ("bfloat16", "none", None, True),
-        ("float8", "none", SimpleNamespace(is_sharded=False), True),
-        ("float32", "none", None, False),
-        ("bfloat16", "full", None, False),
-        ("bfloat16", "none", SimpleNamespace(is_sharded=True), False),
+        ("bfloat16", "none", True),
+        ("float8", "none", True),
+        ("float32", "none", False),
+        ("bfloat16", "full", False),
     ],
 )
-def test_which_runs_are_recorded(precision: str, recompute: Any, mesh: Any, recorded: bool) -> None:
-    assert (pass_graphs(torch.device("cuda"), precision, recompute, mesh) is not None) == recorded
-    assert pass_graphs(CPU, precision, recompute, mesh) is None
+def test_which_runs_are_recorded(precision: str, recompute: Any, recorded: bool) -> None:
+    assert (pass_graphs(torch.device("cuda"), precision, recompute) is not None) == recorded
+    assert pass_graphs(CPU, precision, recompute) is None

@@ -132,14 +132,15 @@ def test_a_step_takes_what_two_h100_took(size, rows, layout, seconds):
     assert step_time(job, layout, H100).total == pytest.approx(seconds, rel=0.10)
 
 
-def test_a_host_limits_small_passes_of_sharded_layers_alone():
+def test_a_host_limits_small_passes_of_sharded_recomputed_layers_alone():
     """A quarter of the rows in each of four passes: the host's share is the same for each."""
-    sharded, replicated = Layout(shard=2, micro_rows=4), Layout(replicate=2, micro_rows=4)
-    assert step_time(Job(BERT_345M, 2, 8), replicated, H100).host == 0
-    one, four = (step_time(Job(BERT_345M, 2, rows), sharded, H100) for rows in (8, 32))
+    queued = Layout(shard=2, micro_rows=4, recompute="full")
+    for recorded in (replace(queued, recompute="none"), replace(queued, shard=1, replicate=2)):
+        assert step_time(Job(BERT_345M, 2, 8), recorded, H100).host == 0
+    one, four = (step_time(Job(BERT_345M, 2, rows), queued, H100) for rows in (8, 32))
     assert four.host == pytest.approx(4 * one.host)
     assert one.host > one.computation
-    assert step_time(Job(BERT_345M, 2, 512), Layout(shard=2, micro_rows=256), H100).host == 0
+    assert step_time(Job(BERT_345M, 2, 512), replace(queued, micro_rows=256), H100).host == 0
 
 
 # --- Communication

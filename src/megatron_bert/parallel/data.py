@@ -6,11 +6,12 @@ Gradients are summed over ranks, not averaged: the loss is divided by the global
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from megatron_bert.parallel.mesh import ParallelMesh
@@ -37,21 +38,31 @@ def apply_fully_sharded(
     for layer in model.bert.encoder.layer:
         fully_shard(layer, mesh=mesh.sharding, mp_policy=precision, reshard_after_forward=not keeps_layers)
     fully_shard(model, mesh=mesh.sharding, mp_policy=precision, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in _sharded(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     model.call = MethodType(_call, model)
     register_fsdp_forward_method(model, "call")
 
 
 def call_within(model: Any, function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)`, which uses `model` in other ways than by calling it as a whole."""
+    """`function(*args)`, which uses `model` in other ways than by calling it as a whole.
+
+    A backward pass takes apart again what the forward pass has put together. Where none follows, that is done here: a
+    step may be a recording, which changes the parts only, and the next evaluation would use the old whole.
+    """
     if not isinstance(model, FSDPModule):
         return function(*args)
     entered: Any = model
     result: Result = entered.call(function, *args)
+    if not torch.is_grad_enabled():
+        for module in _sharded(model):
+            module.reshard()
     return result
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _call(self: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -194,7 +194,7 @@ def _reason(plan: Plan, best: Plan, gpu: Gpu) -> str:
             "optimizer": "more of the optimizer's work on each GPU",
             "tensor_communication": "communication between tensor-parallel ranks",
             "data_communication": "communication between data-parallel ranks",
-            "host": "the host, which queues sharded layers' kernels one by one",
+            "host": "the host, which queues sharded, recomputed layers' kernels one by one",
         }[part]
     return f"{slower:.1%} slower: {words} (+{excess[part] * 1e3:.0f} ms)"
 

@@ -41,8 +41,8 @@ class StepTime:
         optimizer: AdamW, the gradient's norm and the weights' conversion to bfloat16.
         tensor_communication: what tensor-parallel ranks exchange, as far as the layer waits for it.
         data_communication: what data-parallel ranks exchange, as far as computation does not hide it.
-        host: what a GPU waits for its host, which queues the kernels of sharded layers one by one; other layers'
-            are recorded (`training.graphs`).
+        host: what a GPU waits for its host, which queues the kernels of sharded layers one by one where activations
+            are recomputed; other passes are recorded (`training.graphs`).
     """
 
     products: float
@@ -78,7 +78,8 @@ def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
     exposed = exposed_data_seconds(job, layout, gpu, products + attention + elementwise)
     in_tensor = tensor_seconds(job, layout, gpu)
     busy = passes * (products + attention + elementwise + exposed) + in_tensor
-    queued = passes * job.config.num_hidden_layers * _HOST_LAYER_SECONDS if layout.fully_sharded else 0.0
+    is_queued = layout.fully_sharded and layout.recompute != "none"
+    queued = passes * job.config.num_hidden_layers * _HOST_LAYER_SECONDS if is_queued else 0.0
     return StepTime(
         products=passes * products,
         attention=passes * attention,

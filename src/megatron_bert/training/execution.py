@@ -145,8 +145,8 @@ def make_ready(
 
 
 def pass_graphs(device: torch.device, precision: str, recompute: Recompute) -> PassGraphs | None:
-    """Where compiled passes are recorded: on a GPU, with no random stream wound back; not in float32, in which attention
-    to packed sequences has no kernel of fixed shapes.
+    """Where compiled passes are recorded: on a GPU, with no random stream wound back; not in float32, in which
+    attention to packed sequences has no kernel of fixed shapes.
     """
     return PassGraphs(device) if device.type == "cuda" and recompute == "none" and precision != "float32" else None
 
