@@ -54,6 +54,7 @@ class Case:
     row_tokens: int = 512
     causal: bool = False
     vocabulary: int = 29056
+    keeps_layers: bool = False
 
 
 def paper_cases() -> list[Case]:
@@ -229,7 +230,7 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     objective = build_objective(
         network, device, precision="bfloat16" if device.type == "cuda" else "float32", rows=layout.micro_rows,
         row_tokens=case.row_tokens, predicted_share=job.predicted_share, recompute=case.recompute,
-        compiled=device.type == "cuda", mesh=ranks.mesh, cuda_graphs=not args.without_graphs,
+        compiled=device.type == "cuda", mesh=ranks.mesh, keeps_layers=case.keeps_layers, cuda_graphs=not args.without_graphs,
     )  # fmt: skip
     torch.manual_seed(ranks.stream_seed(1))
     materialize(network, device)
@@ -372,6 +373,7 @@ def _layout_name(row: dict[str, Any]) -> str:
     data = row["gpus"] // row["tensor"]
     parts += [f"{'replicated' if row['shard'] == 1 else 'sharded'} {data}"] if data > 1 else []
     parts += [name for key, name in (("sequence_parallel", "sequence"), ("overlap", "overlap")) if row[key]]
+    parts += ["kept"] if row["keeps_layers"] else []
     parts += ["recomputed"] if row["recompute"] == "full" else []
     return ", ".join(parts) or "alone"
 

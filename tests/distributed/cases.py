@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,9 +27,9 @@ from megatron_bert.checkpoint.tensors import read_tensors, write_tensors
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
-from megatron_bert.parallel import overlap
+from megatron_bert.parallel import gradients, overlap
 from megatron_bert.parallel.data import call_within
-from megatron_bert.parallel.gradients import complete_gradients, gradient_norm
+from megatron_bert.parallel.gradients import completed_gradients, gradient_norm
 from megatron_bert.parallel.launch import check_agreement
 from megatron_bert.parallel.loss import token_losses_on
 from megatron_bert.parallel.materialize import initialize, materialize, whole_parameters
@@ -223,14 +223,20 @@ def add_gradients(model: Any, batches: list[Batch], mesh: ParallelMesh | None = 
     masked, pairs = sum(int((batch.labels != -100).sum()) for batch in batches), sum(len(b.pairs) for b in batches)
     token_losses = token_losses_on(mesh.region) if mesh and mesh.tensor_degree > 1 else None
     total = torch.zeros(())
-    for batch in batches[mesh.data_rank :: mesh.data_degree] if mesh else batches:
+    *before, last = batches[mesh.data_rank :: mesh.data_degree] if mesh else batches
+
+    def add(batch: Batch) -> None:
         masked_loss, pair_loss = call_within(model, losses, model, batch, token_losses)
         loss = masked_loss / masked + pair_loss / pairs
         loss.backward()
-        total += loss.detach()
+        total.add_(loss.detach())
+
+    for batch in before:
+        add(batch)
+    with completed_gradients(model, mesh) if mesh else nullcontext():
+        add(last)
     if mesh:
         dist.all_reduce(total, group=mesh.data.get_group())
-        complete_gradients(model, mesh)
     return float(total)
 
 
@@ -267,6 +273,46 @@ def equals_single_process(
     for (name, parameter), reference in zip(model.named_parameters(), expected.weights, strict=True):
         assert_close(parameter.detach(), reference, name)
     assert not compiled or torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+
+
+def equals_with_sums_sent_alone(sent_alone: int, **options: Any) -> None:
+    with patch.object(gradients, "SENT_ALONE_BYTES", sent_alone):
+        equals_single_process(**options)
+
+
+def sums_beside_the_backward_pass(sent_alone: int) -> None:
+    """The same sums in the same order on every rank, whatever order gradients come in; the first before the last
+    gradient is there. What has no gradient, or is not trained, is left alone.
+    """
+    mesh, model = mesh_of(1, replicate=4), build()
+    unused, frozen = (layer.output.dense.weight for layer in model.bert.encoder.layer)
+    frozen.requires_grad_(False)
+    trained = [one for one in model.parameters() if one is not unused and one is not frozen]
+    ordinary = mesh.data_rank % 2 == 0
+    order = trained[::-1] if ordinary else trained  # that gradients come in
+    sent: list[tuple[Any, bool]] = []
+    plain = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, **options: Any) -> Any:
+        sent.append((tensor.shape, order[-1].grad is not None))
+        return plain(tensor, **options)
+
+    with (
+        patch.object(gradients, "SENT_ALONE_BYTES", sent_alone),
+        patch.object(dist, "all_reduce", all_reduce),
+        completed_gradients(model, mesh),
+    ):
+        for parameter in order:
+            (parameter.sum() * (mesh.data_rank + 1)).backward()
+    assert unused.grad is frozen.grad is None
+    for name, parameter in model.named_parameters():
+        if parameter is not unused and parameter is not frozen:
+            assert torch.equal(parameter.grad, torch.full_like(parameter, 1.0 + 2 + 3 + 4)), name
+    assert not (ordinary and sent[0][1]), "nothing was sent before the last gradient was there"
+    shapes: list[Any] = [None] * 4
+    dist.all_gather_object(shapes, [shape for shape, _ in sent])
+    assert shapes[0] == shapes[1] == shapes[2] == shapes[3]
+    assert all(not one._post_accumulate_grad_hooks for one in model.parameters())
 
 
 def evaluates_what_a_recorded_step_wrote(*, keeps_layers: bool) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bert.model import MegatronBertForCausalLM, MegatronBertForPreTraining
-from megatron_bert.parallel.gradients import complete_gradients
+from megatron_bert.parallel.gradients import completed_gradients
 from megatron_bert.parallel.loss import vocabulary_parallel_cross_entropy
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.region import local_part
@@ -58,7 +58,8 @@ def compare(
     for output in outputs:
         output.backward(gradient)
     if mesh is not None:
-        complete_gradients(modules[0], mesh)
+        with completed_gradients(modules[0], mesh):
+            pass
     if inputs.is_floating_point():
         assert_close(copies[0].grad, copies[1].grad, "gradient of the input")
     scale = max(float(parameter.grad.norm()) for parameter in modules[1].parameters() if parameter.grad is not None)

@@ -24,8 +24,22 @@ def test_data_alone(world, replicate):
     world(4).run(cases.equals_single_process, replicate=replicate, num_micro_batches=4)
 
 
-def test_tensor_times_replicated_data(world):
-    world(4).run(cases.equals_single_process, tensor=2, replicate=2, sequence_parallel=True)
+@pytest.mark.parametrize("sent_alone", [1, 2048, 1 << 30])
+def test_tensor_times_replicated_data(world, sent_alone):
+    """All sums beside the backward pass, those of matrices, and none."""
+    world(4).run(
+        cases.equals_with_sums_sent_alone,
+        sent_alone=sent_alone,
+        tensor=2,
+        replicate=2,
+        sequence_parallel=True,
+        num_micro_batches=4,
+    )
+
+
+@pytest.mark.parametrize("sent_alone", [1, 2048])
+def test_sums_beside_the_backward_pass(world, sent_alone):
+    world(4).run(cases.sums_beside_the_backward_pass, sent_alone=sent_alone)
 
 
 def test_tensor_times_hybrid_data(world):

@@ -4,8 +4,8 @@ Here a replay computes the pass again, in the memory that was put aside for it.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_bert.training import loop
 from megatron_bert.training.execution import pass_graphs
 from megatron_bert.training.graphs import PassGraphs, _Recorded
 from megatron_bert.training.objective import Objective
+from megatron_bert.training.ranks import ALONE, Ranks
 from megatron_bert.training.step import StepResult, train_step
 from tests.unit.test_step import CPU, SGD, assert_same
 from tests.unit.test_training_parts import batch, tiny_model
@@ -34,7 +35,7 @@ class Replayed(PassGraphs):
         self.replays: list[bool] = []
         self.resets = 0
 
-    def _record(self, objective: Any, batch: Any, numbers: Sequence[Any], key: Any) -> _Recorded:
+    def _record(self, objective: Any, batch: Any, numbers: Sequence[Any], around: Any, key: Any) -> _Recorded:
         static = replace(
             batch,
             inputs={name: value.clone() for name, value in batch.inputs.items()},
@@ -49,7 +50,8 @@ class Replayed(PassGraphs):
 
         def compute() -> None:
             self.replays.append(key[0])
-            for one, value in zip(losses, self._pass(objective, static, own_numbers, is_first=key[0]), strict=True):
+            found = self._pass(objective, static, own_numbers, around, is_first=key[0])
+            for one, value in zip(losses, found, strict=True):
                 one.copy_(value)
 
         def reset() -> None:
@@ -58,7 +60,7 @@ class Replayed(PassGraphs):
         return _Recorded(compute, reset, static.tensors(), own_numbers, losses, self._streams[key])
 
 
-def run(steps: list[list[Any]], graphs: PassGraphs | None) -> list[StepResult]:
+def run(steps: list[list[Any]], graphs: PassGraphs | None, ranks: Ranks = ALONE) -> list[StepResult]:
     """Of pairs: a batch, and room for so many predictions."""
     torch.manual_seed(0)
     objective = Objective(tiny_model(), CPU, graphs=graphs)
@@ -71,7 +73,7 @@ def run(steps: list[list[Any]], graphs: PassGraphs | None) -> list[StepResult]:
             targets = functional.pad(micro.targets, (0, more - len(micro.targets)), value=IGNORED)
             positions = functional.pad(micro.positions, (0, more - len(micro.positions)))
             micro_batches.append(replace(micro, positions=positions, targets=targets))
-        results.append(train_step(objective, optimizer, micro_batches, clip_norm=1.0))
+        results.append(train_step(objective, optimizer, micro_batches, clip_norm=1.0, ranks=ranks))
     return results
 
 
@@ -94,6 +96,33 @@ def test_steps_are_those_without(rooms: list[list[int]], replays: list[bool]) ->
     graphs = Replayed()
     assert_same(run(steps, None), run(steps, graphs), rel=1e-5)
     assert graphs.replays == replays
+
+
+class Noted(Ranks):
+    """Puts something around a step's last pass."""
+
+    entered = left = 0
+
+    def around_last_pass(self, model: Any) -> Any:
+        return self.noted
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        type(self).entered += 1
+        yield
+        type(self).left += 1
+
+
+@pytest.mark.parametrize(
+    ("passes", "replays"),
+    [(1, [True] * 4), (2, [True, False] * 4), (3, [True] + [False] * 2 + [True, False, False] * 3)],
+)
+def test_what_is_around_a_last_pass_is_recorded_with_it(passes: int, replays: list[bool]) -> None:
+    steps, graphs = [[(BATCHES[(at + place) % 4], 60) for place in range(passes)] for at in range(6)], Replayed()
+    before = Noted.entered
+    assert_same(run(steps, None), run(steps, graphs, Noted()), rel=1e-5)
+    assert graphs.replays == replays
+    assert Noted.entered == Noted.left == before + len(steps)
 
 
 class Failing(Replayed):

@@ -83,10 +83,13 @@ class ParallelMesh:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether data-parallel ranks share weights and states. Otherwise each of them has its own, and only gradients
-        are summed.
-        """
+        """Whether data-parallel ranks share weights and states."""
         return self.device_mesh.size(1) > 1
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether there are several data-parallel ranks and each has its own weights and states."""
+        return self.data_degree > 1 and not self.is_sharded
 
     @property
     def tensor_degree(self) -> int:

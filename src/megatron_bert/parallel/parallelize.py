@@ -30,10 +30,11 @@ def parallelize(
        and a recomputed layer has to send again what it computes again.
     3. Fully sharded data parallelism last: its hooks put a layer's weights together before all of the above runs, also
        when it is run again in the backward pass, and they would break a compiler's graph. Replicas that share nothing
-       need none: their gradients are summed once a step.
+       need none: `completed_gradients` sums their gradients, once a step.
 
     Then come memory and values for a model on the meta device (`materialize`, and `initialize` or
-    `checkpoint.shards.load_shards`), and then its optimizer. A step's backward passes end with `complete_gradients`.
+    `checkpoint.shards.load_shards`), and then its optimizer. A step's last backward pass is within
+    `completed_gradients`.
 
     Args:
         gathers_logits: see `apply_tensor_parallel`.

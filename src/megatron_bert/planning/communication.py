@@ -14,7 +14,6 @@ from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.parameters import (
     layer_parameters,
     outer_parameters,
-    rank_parameters,
     sequence_parameters,
 )
 
@@ -121,7 +120,11 @@ def replica_collectives(job: Job, layout: Layout) -> list[Collective]:
     """Between data-parallel ranks that share no weights, once a step: all gradients, summed in float32."""
     if layout.fully_sharded or layout.replicate == 1:
         return []
-    return [Collective("all-reduce", "replicate", layout.replicate, rank_parameters(job.config, layout.tensor) * _FP32)]
+    layer, outer = layer_parameters(job.config, layout.tensor), outer_parameters(job.config, layout.tensor)
+    return [
+        Collective("all-reduce", "replicate", layout.replicate, layer * _FP32, job.config.num_hidden_layers),
+        Collective("all-reduce", "replicate", layout.replicate, outer * _FP32),
+    ]
 
 
 def collectives_of_step(job: Job, layout: Layout) -> list[Collective]:

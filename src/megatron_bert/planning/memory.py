@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bert.parallel.gradients import BUCKET_BYTES
 from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.parameters import (
     layer_matrices,
@@ -173,6 +172,4 @@ def memory_of_step(job: Job, layout: Layout) -> Memory:
         Memory(weights, before, optimizer, kept, computed + in_backward + layer_working_bytes(job, layout), "layers"),
         Memory(weights, gradients, optimizer, 0.0, at_end, "embeddings"),
     ]
-    if layout.replicate > 1 and not layout.fully_sharded:
-        moments.append(Memory(weights, gradients, optimizer, 0.0, min(gradients, BUCKET_BYTES), "sums"))
     return max(moments, key=lambda memory: memory.total)

@@ -7,6 +7,7 @@ tensor-parallel degree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -75,9 +76,12 @@ def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
     passes = layout.micro_batches(job)
     parts = (product_seconds, attention_seconds, elementwise_seconds)
     products, attention, elementwise = (part(job, layout, gpu) for part in parts)
-    exposed = exposed_data_seconds(job, layout, gpu, products + attention + elementwise)
+    computation = products + attention + elementwise
+    exposed = passes * exposed_seconds(sharding_collectives(job, layout), layout, gpu, computation)
+    # Replicas send in the last pass, beside its backward half: of three products as many as FLOPs say, two.
+    exposed += exposed_seconds(replica_collectives(job, layout), layout, gpu, computation * 2 / 3)
     in_tensor = tensor_seconds(job, layout, gpu)
-    busy = passes * (products + attention + elementwise + exposed) + in_tensor
+    busy = passes * computation + exposed + in_tensor
     is_queued = layout.fully_sharded and layout.recompute != "none"
     queued = passes * job.config.num_hidden_layers * _HOST_LAYER_SECONDS if is_queued else 0.0
     return StepTime(
@@ -86,8 +90,7 @@ def step_time(job: Job, layout: Layout, gpu: Gpu) -> StepTime:
         elementwise=passes * elementwise,
         optimizer=optimizer_seconds(job, layout, gpu),
         tensor_communication=in_tensor,
-        data_communication=passes * exposed
-        + sum(collective_seconds(one, layout, gpu) for one in replica_collectives(job, layout)),
+        data_communication=exposed,
         host=max(queued - busy, 0.0),
     )
 
@@ -167,12 +170,15 @@ def elementwise_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
 def optimizer_bytes_moved(job: Job, layout: Layout) -> float:
     """AdamW reads weights, gradients and two moments and writes all but gradients: 28 bytes a parameter; the norm reads
     gradients: 4; and each micro-batch reads weights in float32, writes them in bfloat16 and its gradients likewise: 12,
-    whole where fully sharded data parallelism put them together, and 6 more where layers are computed again.
+    and 6 more where layers are computed again. Fully sharded, it converts parts of weights and copies whole ones from
+    the message twice, widens whole gradients for theirs and adds a part to the last ones.
     """
     parameters = rank_parameters(job.config, layout.tensor)
     config, tensor = job.config, layout.tensor
     matrices = config.num_hidden_layers * layer_matrices(config, tensor) + outer_matrices(config, tensor)
-    in_a_pass = 18 if layout.recompute == "full" else 12
+    in_a_pass: float = 18 if layout.recompute == "full" else 12
+    if layout.fully_sharded:
+        in_a_pass = 2 * (6 / layout.shard + 4) + 6 + 12 / layout.shard
     return 32 * parameters / layout.shard + in_a_pass * matrices * layout.micro_batches(job)
 
 
@@ -234,11 +240,10 @@ def overlapped_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
     return seconds
 
 
-def exposed_data_seconds(job: Job, layout: Layout, gpu: Gpu, computation: float) -> float:
-    """Of one micro-batch: what remains of the data-parallel exchange when it runs beside `computation`, which FSDP2
-    does from layer to layer; and all of the first gathering and of the last sum, which nothing hides.
+def exposed_seconds(collectives: Sequence[Collective], layout: Layout, gpu: Gpu, computation: float) -> float:
+    """What remains of the data-parallel exchange when it runs beside `computation`, from layer to layer; and all of the
+    first gathering and of the last sum, which nothing hides.
     """
-    collectives = sharding_collectives(job, layout)
     seconds = sum(collective_seconds(one, layout, gpu) for one in collectives)
     unhidden = sum(collective_seconds(one, layout, gpu) for one in collectives if one.count == 1)
     return unhidden + max(seconds - unhidden - computation, 0.0)

@@ -23,7 +23,7 @@ from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertForPreTraining, attention, layers, linear
 from megatron_bert.parallel.data import call_within
-from megatron_bert.parallel.gradients import complete_gradients, gradient_norm
+from megatron_bert.parallel.gradients import completed_gradients, gradient_norm
 from megatron_bert.parallel.materialize import materialize
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.region import local_part
@@ -178,7 +178,8 @@ def _step(
         del losses
     if counter:
         counter.times = 1
-    complete_gradients(objective.model, mesh)
+    with completed_gradients(objective.model, mesh):
+        pass  # the last pass of one kind stands for several, and these sums are made once
     if dist.get_world_size() > 1:
         gradient_norm(objective.model.parameters())
     optimizer.step()

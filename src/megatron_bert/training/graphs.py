@@ -11,7 +11,8 @@ import gc
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +27,24 @@ __all__ = ["PassGraphs", "differentiated"]
 log = logging.getLogger(__name__)
 
 _SEEN_BEFORE = 2  # passes of a kind before one is recorded: they compile, and let libraries set themselves up
-_KEPT = 4  # recordings at once: the last ones that were used
+_KEPT = 6  # recordings at once: the last ones that were used
 _MOST = 16  # in all; where batches go on to need others, recording costs more than it saves
 
 
-def differentiated(objective: Any, batch: LaidOut, numbers: Sequence[Any]) -> Any:
+Around: TypeAlias = Callable[[], AbstractContextManager[None]]
+
+
+def differentiated(objective: Any, batch: LaidOut, numbers: Sequence[Any], around: Around | None = None) -> Any:
     """The losses of a batch, as values; their mean's gradients are added to the parameters'.
 
     Args:
         objective: see `training.step.Minimised`.
         numbers: of the terms that losses are divided by.
+        around: makes what the pass is done within.
     """
-    losses = call_within(objective.model, objective, batch)
-    objective.mean(losses, numbers).backward()
+    with around() if around is not None else nullcontext():
+        losses = call_within(objective.model, objective, batch)
+        objective.mean(losses, numbers).backward()
     # Not the tensors themselves, which keep the pass alive: a gradient's stream is settled by the first that needs it.
     return type(losses)(*(one.detach() for one in losses))
 
@@ -57,8 +63,9 @@ class _Recorded(NamedTuple):
 class PassGraphs:
     """Runs the passes of an objective: the first ones of each kind plainly, then recorded.
 
-    A kind is the tensors' shapes, and whether the pass is a step's first, which writes gradients where there are none;
-    the others add to them. All share the gradients' memory, and `parameter.grad` is put there again by the first.
+    A kind is the tensors' shapes; whether the pass is a step's first, which writes gradients where there are none (the
+    others add to them); and whether something is put around it. All share the gradients' memory, and `parameter.grad`
+    is put there again by the first.
 
     Args:
         device: a GPU.
@@ -75,28 +82,31 @@ class PassGraphs:
         self._beside: Any = None
         self._holds_gradients = False  # whether this step's are in the memory that recordings know
 
-    def differentiated(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
+    def differentiated(
+        self, objective: Any, batch: LaidOut, numbers: Sequence[Any], around: Around | None = None, *, is_first: bool
+    ) -> Any:
         """As the function of this name.
 
         Args:
             batch: in the CPU's memory.
             numbers: 0-dimensional tensors on the device.
+            around: the same for all that have one.
             is_first: of a step, so that there are no gradients yet.
 
         Raises:
             UserError: CUDA broke a recording off.
         """
-        key = (is_first, _signature(batch))
+        key = (is_first, around is not None, _signature(batch))
         fits = is_first or self._holds_gradients
         if fits and key not in self._recorded and self._left and self._seen[key] >= _SEEN_BEFORE:
-            self._try_to_record(objective, batch, numbers, key)
+            self._try_to_record(objective, batch, numbers, around, key)
         if fits and key in self._recorded:
             return self._replayed(batch, numbers, key)
         self._seen[key] += 1
         if is_first:
             self._holds_gradients = False
         with self._streams[key].watching():
-            return differentiated(objective, batch, numbers)
+            return differentiated(objective, batch, numbers, around)
 
     def release(self) -> None:
         """Gives up what was recorded. Before processes part: NCCL ends a group only after the graphs that send in it
@@ -107,11 +117,13 @@ class PassGraphs:
         self._recorded.clear()
         self._gradients = {}
 
-    def _try_to_record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> None:
+    def _try_to_record(
+        self, objective: Any, batch: LaidOut, numbers: Sequence[Any], around: Around | None, key: Any
+    ) -> None:
         """Where it fails, nothing is recorded any more, and gradients are what they were."""
         before = {parameter: parameter.grad for parameter in objective.model.parameters()}
         try:
-            recorded = self._record(objective, batch, numbers, key)
+            recorded = self._record(objective, batch, numbers, around, key)
         except RuntimeError as error:  # out of memory is one, too
             reason = " ".join(str(error).split())[:200]
             self._left = 0
@@ -127,7 +139,9 @@ class PassGraphs:
             del self._recorded[next(iter(self._recorded))]
         self._recorded[key] = recorded
 
-    def _record(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], key: Any) -> _Recorded:
+    def _record(
+        self, objective: Any, batch: LaidOut, numbers: Sequence[Any], around: Around | None, key: Any
+    ) -> _Recorded:
         """Nothing is computed yet. The very first pass gives gradients their memory."""
         static, own_numbers = batch.to(self._device), [number.clone() for number in numbers]
         if self._pool is None:
@@ -136,7 +150,7 @@ class PassGraphs:
         self._put_gradients()
         graph, streams = torch.cuda.CUDAGraph(), self._streams[key]
         with torch.cuda.device(self._device), streams.recording(graph):
-            losses = self._captured(graph, lambda: self._pass(objective, static, own_numbers, is_first=key[0]))
+            losses = self._captured(graph, lambda: self._pass(objective, static, own_numbers, around, is_first=key[0]))
         gradients = {one: one.grad for one in objective.model.parameters() if one.grad is not None}
         if self._gradients and gradients.keys() != self._gradients.keys():
             raise RuntimeError("passes are of different parameters")
@@ -172,10 +186,12 @@ class PassGraphs:
             raise failed
         return result
 
-    def _pass(self, objective: Any, batch: LaidOut, numbers: Sequence[Any], *, is_first: bool) -> Any:
+    def _pass(
+        self, objective: Any, batch: LaidOut, numbers: Sequence[Any], around: Around | None, *, is_first: bool
+    ) -> Any:
         if is_first and self._gradients:
             torch._foreach_zero_(list(self._gradients.values()))
-        return differentiated(objective, batch, numbers)
+        return differentiated(objective, batch, numbers, around)
 
     def _put_gradients(self) -> None:
         for parameter, gradient in self._gradients.items():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_bert.errors import UserError
-from megatron_bert.parallel.gradients import complete_gradients, gradient_norm
+from megatron_bert.parallel.gradients import completed_gradients, gradient_norm
 from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.streams import key
 from megatron_bert.parallel.watch import Watch
@@ -112,12 +113,15 @@ class Ranks:
             dist.all_reduce(values, group=self.mesh.data.get_group())
         return values
 
-    def complete_gradients(self, model: nn.Module) -> Tensor:
-        """What is left to do after the last backward pass of a step; the norm of all gradients of all ranks together,
-        0-dimensional, the same on every rank.
-        """
+    def around_last_pass(self, model: nn.Module) -> Callable[[], AbstractContextManager[None]] | None:
+        """What a step's last backward pass has to be within, if anything."""
+        if self.mesh is None or not (self.mesh.is_replicated or self.mesh.sequence_parallel):
+            return None
+        return partial(completed_gradients, model, self.mesh)
+
+    def gradient_norm(self, model: nn.Module) -> Tensor:
+        """Of all gradients of all ranks together: 0-dimensional, the same on every rank."""
         if self.mesh is not None:
-            complete_gradients(model, self.mesh)
             return gradient_norm(model.parameters())
         return nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
 

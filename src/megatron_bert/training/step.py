@@ -81,12 +81,13 @@ def train_step(
         numbers = ranks.sum_over_data(moved(torch.tensor(numbers), device)).unbind()
     sums = Sums()
     for at, batch in enumerate(micro_batches):
+        around = ranks.around_last_pass(model) if at == len(micro_batches) - 1 else None
         if objective.graphs is not None:
-            losses = objective.graphs.differentiated(objective, batch, numbers, is_first=at == 0)
+            losses = objective.graphs.differentiated(objective, batch, numbers, around, is_first=at == 0)
         else:
-            losses = differentiated(objective, batch, numbers)
+            losses = differentiated(objective, batch, numbers, around)
         sums = sums.plus(objective.sums(losses, batch))
-    sums, norm = sums.over(ranks, device), ranks.complete_gradients(model)
+    sums, norm = sums.over(ranks, device), ranks.gradient_norm(model)
     applied = norm.isfinite() & sums.losses().isfinite()
     _update(optimizer, norm, applied, clip_norm)
     return StepResult(sums.where(applied), norm, applied)
