@@ -38,7 +38,7 @@ ON_A100 = {1: 1.0, 2: 0.917, 4: 0.845, 8: 0.747}
 
 @dataclass(frozen=True)
 class Case:
-    """A shape and its layout; `rows` are those of a step and of all GPUs."""
+    """A shape and its layout; `rows` are those of a step and of all GPUs, in so many passes."""
 
     name: str
     hidden: int
@@ -55,6 +55,7 @@ class Case:
     causal: bool = False
     vocabulary: int = 29056
     keeps_layers: bool = False
+    passes: int = 1
 
 
 def paper_cases() -> list[Case]:
@@ -79,11 +80,14 @@ def bert_cases(gpus: int) -> list[Case]:
     tensor = [Case("3.9b", 2560, 48, 40, n, 8 * n, n, None, sequence, overlap)
               for n in (2, 4, 8) if n <= gpus
               for sequence, overlap in [(False, False), (True, False), (True, True)]]  # fmt: skip
-    one = [Case("3.9b", 2560, 48, 40, 1, 8, recompute="full")]
-    sharded = [Case("3.9b", 2560, 48, 40, gpus, 16 * gpus)] if gpus > 1 else []
+    # In one pass, and in steps of as many rows a GPU as eight of them have of the paper's 1,024 (its section 5.3).
+    one = [Case("3.9b", 2560, 48, 40, 1, 16 * passes, passes=passes) for passes in (1, 8)]
+    one += [Case("3.9b", 2560, 48, 40, 1, 8, recompute="full")]  # for a GPU that does not hold the others
+    spread = [Case("3.9b", 2560, 48, 40, gpus, 16 * passes * gpus, shard=shard, passes=passes)
+               for passes in (1, 8) for shard in (None, 1) if gpus > 1]  # fmt: skip
     large = [Case("8.9b", 3584, 56, 56, 8, 32, 8, None, True, False, vocabulary=50176),
              Case("8.9b", 3584, 56, 56, 8, 64, recompute="full", vocabulary=50176)] if gpus >= 8 else []  # fmt: skip
-    return data + one + tensor + sharded + large
+    return data + one + tensor + spread + large
 
 
 def loss_cases(gpus: int) -> list[Case]:
@@ -97,8 +101,8 @@ def loss_cases(gpus: int) -> list[Case]:
 
 def tiny(case: Case) -> Case:
     """The same layout of a shape that a CPU computes in no time."""
-    return Case(**{**asdict(case), "hidden": 64, "layers": 2, "heads": 8, "rows": 8, "row_tokens": 32,
-                   "vocabulary": 1024, "overlap": False})  # fmt: skip
+    return Case(**{**asdict(case), "hidden": 64, "layers": 2, "heads": 8, "rows": 8 * case.passes,
+                   "row_tokens": 32, "vocabulary": 1024, "overlap": False})  # fmt: skip
 
 
 def main() -> int:
@@ -224,13 +228,15 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     data = case.gpus // case.tensor
     shard = case.shard or data
     layout = Layout(
-        case.tensor, shard, data // shard, case.sequence_parallel, case.recompute, case.rows // data, case.overlap
-    )
+        case.tensor, shard, data // shard, case.sequence_parallel, case.recompute, case.rows // data // case.passes,
+        case.overlap,
+    )  # fmt: skip
     network = empty_network(config, ObjectiveSection(kind="causal") if case.causal else ObjectiveSection())
     objective = build_objective(
         network, device, precision="bfloat16" if device.type == "cuda" else "float32", rows=layout.micro_rows,
         row_tokens=case.row_tokens, predicted_share=job.predicted_share, recompute=case.recompute,
-        compiled=device.type == "cuda", mesh=ranks.mesh, keeps_layers=case.keeps_layers, cuda_graphs=not args.without_graphs,
+        compiled=device.type == "cuda", mesh=ranks.mesh, keeps_layers=case.keeps_layers,
+        cuda_graphs=not args.without_graphs,
     )  # fmt: skip
     torch.manual_seed(ranks.stream_seed(1))
     materialize(network, device)
@@ -243,11 +249,11 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     def steps(number: int) -> list[float]:
         losses = []
         for _ in range(number):
-            result = train_step(objective, optimizer, [batch], clip_norm=1.0, ranks=ranks)
+            result = train_step(objective, optimizer, [batch] * case.passes, clip_norm=1.0, ranks=ranks)
             losses.append(result.sums.masked_lm / result.sums.num_masked)
         return torch.stack(losses).tolist() if args.group == "losses" else []  # waits for the device
 
-    batch = objective.micro_batch(_random_rows(job, layout, ranks))
+    batch = objective.micro_batch(_random_rows(replace(job, batch_rows=case.rows // case.passes), layout, ranks))
     if args.group == "losses":
         return {"losses": steps(args.steps)}
     steps(WARM_UP)
@@ -374,23 +380,27 @@ def _layout_name(row: dict[str, Any]) -> str:
     parts += [f"{'replicated' if row['shard'] == 1 else 'sharded'} {data}"] if data > 1 else []
     parts += [name for key, name in (("sequence_parallel", "sequence"), ("overlap", "overlap")) if row[key]]
     parts += ["kept"] if row["keeps_layers"] else []
+    parts += [f"{row['passes']} passes"] if row["passes"] > 1 else []
     parts += ["recomputed"] if row["recompute"] == "full" else []
     return ", ".join(parts) or "alone"
 
 
 def _rows(results: list[dict[str, Any]], *, is_paper: bool) -> Iterator[str]:
-    baselines: dict[str, float] = {}
+    baselines: dict[tuple[str, int], float] = {}
     for row in results:
         name = f"| {row['name']} | {row['gpus']} | {_layout_name(row)} |"
         if "failed" in row:
             yield f"{name} {row['failed']} |"
             continue
         rate = row["flops_per_second_gpu"]
-        efficiency = rate / baselines.setdefault("paper" if is_paper else row["name"], rate)
+        key = "paper" if is_paper else row["name"], row["passes"]
+        if row["gpus"] == 1:
+            baselines.setdefault(key, rate)
+        efficiency = f"{rate / baselines[key]:.1%}" if key in baselines else ""
         paper = f" {PAPER[row['gpus']]:.0%} |" if is_paper else ""
         yield (
             f"{name} {row['ms']:.1f} | {row['predicted_ms']:.1f} ({row['predicted_ms'] / row['ms'] - 1:+.0%}) | "
-            f"{row['tokens_per_second_gpu']:,.0f} | {row.get('mfu', 0):.3f} | {efficiency:.1%} |{paper} "
+            f"{row['tokens_per_second_gpu']:,.0f} | {row.get('mfu', 0):.3f} | {efficiency} |{paper} "
             f"{row.get('gib', 0):.1f} ({row['predicted_gib']:.1f}) | {row.get('communication', 0):.1%} | "
             f"{row.get('exposed', 0):.1%} |"
         )

@@ -275,12 +275,12 @@ def equals_single_process(
     assert not compiled or torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
-def equals_with_sums_sent_alone(sent_alone: int, **options: Any) -> None:
-    with patch.object(gradients, "SENT_ALONE_BYTES", sent_alone):
+def equals_with_buckets(bucket_bytes: int, **options: Any) -> None:
+    with patch.object(gradients, "BUCKET_BYTES", bucket_bytes):
         equals_single_process(**options)
 
 
-def sums_beside_the_backward_pass(sent_alone: int) -> None:
+def sums_beside_the_backward_pass(bucket_bytes: int) -> None:
     """The same sums in the same order on every rank, whatever order gradients come in; the first before the last
     gradient is there. What has no gradient, or is not trained, is left alone.
     """
@@ -291,15 +291,15 @@ def sums_beside_the_backward_pass(sent_alone: int) -> None:
     ordinary = mesh.data_rank % 2 == 0
     order = trained[::-1] if ordinary else trained  # that gradients come in
     sent: list[tuple[Any, bool]] = []
-    plain = dist.all_reduce
+    plain = gradients.sum_in_place
 
-    def all_reduce(tensor: Tensor, **options: Any) -> Any:
-        sent.append((tensor.shape, order[-1].grad is not None))
-        return plain(tensor, **options)
+    def sum_over(group: Any, tensors: list[Tensor]) -> Any:
+        sent.append(([one.shape for one in tensors], order[-1].grad is not None))
+        return plain(group, tensors)
 
     with (
-        patch.object(gradients, "SENT_ALONE_BYTES", sent_alone),
-        patch.object(dist, "all_reduce", all_reduce),
+        patch.object(gradients, "BUCKET_BYTES", bucket_bytes),
+        patch.object(gradients, "sum_in_place", sum_over),
         completed_gradients(model, mesh),
     ):
         for parameter in order:
@@ -308,6 +308,7 @@ def sums_beside_the_backward_pass(sent_alone: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter is not unused and parameter is not frozen:
             assert torch.equal(parameter.grad, torch.full_like(parameter, 1.0 + 2 + 3 + 4)), name
+    assert len(sent) > 1
     assert not (ordinary and sent[0][1]), "nothing was sent before the last gradient was there"
     shapes: list[Any] = [None] * 4
     dist.all_gather_object(shapes, [shape for shape, _ in sent])

@@ -24,12 +24,12 @@ def test_data_alone(world, replicate):
     world(4).run(cases.equals_single_process, replicate=replicate, num_micro_batches=4)
 
 
-@pytest.mark.parametrize("sent_alone", [1, 2048, 1 << 30])
-def test_tensor_times_replicated_data(world, sent_alone):
-    """All sums beside the backward pass, those of matrices, and none."""
+@pytest.mark.parametrize("bucket_bytes", [1, 10000, 1 << 30])
+def test_tensor_times_replicated_data(world, bucket_bytes):
+    """Each gradient summed by itself, several together, and all."""
     world(4).run(
-        cases.equals_with_sums_sent_alone,
-        sent_alone=sent_alone,
+        cases.equals_with_buckets,
+        bucket_bytes=bucket_bytes,
         tensor=2,
         replicate=2,
         sequence_parallel=True,
@@ -37,9 +37,9 @@ def test_tensor_times_replicated_data(world, sent_alone):
     )
 
 
-@pytest.mark.parametrize("sent_alone", [1, 2048])
-def test_sums_beside_the_backward_pass(world, sent_alone):
-    world(4).run(cases.sums_beside_the_backward_pass, sent_alone=sent_alone)
+@pytest.mark.parametrize("bucket_bytes", [1, 10000])
+def test_sums_beside_the_backward_pass(world, bucket_bytes):
+    world(4).run(cases.sums_beside_the_backward_pass, bucket_bytes=bucket_bytes)
 
 
 def test_tensor_times_hybrid_data(world):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -17,12 +17,10 @@ from megatron_bert.parallel.mesh import ParallelMesh
 from megatron_bert.parallel.region import local_part
 from megatron_bert.sharding import on_sequence_shards
 
-__all__ = ["SENT_ALONE_BYTES", "completed_gradients", "gradient_norm"]
+__all__ = ["BUCKET_BYTES", "completed_gradients", "gradient_norm", "sum_in_place"]
 
-SENT_ALONE_BYTES = 1 << 18
-"""Gradients of this size are summed one by one, as soon as they are there: nearly all bytes are in such. The others'
-messages would take their time to start and little more: they are put together in one.
-"""
+BUCKET_BYTES = 1 << 25
+"""Of gradients that are summed in one message: enough for a link's full speed, and few that wait for the last one."""
 
 
 @contextmanager
@@ -31,57 +29,58 @@ def completed_gradients(model: nn.Module, mesh: ParallelMesh) -> Iterator[None]:
 
     Under sequence parallelism they are summed over tensor-parallel ranks, for the weights that each used on its own
     tokens only; for replicas that share no weights, over them, for all weights. (Fully sharded ones have done so by
-    themselves.) Replicas' sums run beside the backward pass, each from when its gradient is complete (Li et al. 2020,
-    arXiv 2006.15704, section 3.2), in an order that is the same on every rank.
+    themselves.) Replicas' sums run beside the backward pass, a bucket of gradients at a time, as soon as they are there
+    (Li et al. 2020, arXiv 2006.15704, section 3.2).
     """
     if mesh.is_replicated:
-        group = mesh.device_mesh["replicate"].get_group()
-        with _summed_beside(group, [one for one in model.parameters() if one.requires_grad]):
+        with _summed_beside(mesh.device_mesh["replicate"].get_group(), list(model.parameters())):
             yield
     else:
         yield
     if mesh.sequence_parallel:
         of_parts = [one for name, one in model.named_parameters() if on_sequence_shards(name)]
-        _sum_together(mesh.tensor.get_group(), of_parts)
+        sum_in_place(mesh.tensor.get_group(), _gradients(of_parts)).wait()
 
 
 @contextmanager
-def _summed_beside(group: dist.ProcessGroup, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    large = [one for one in parameters if local_part(one).nbytes >= SENT_ALONE_BYTES]
-    unsent, complete, works = list(large), set[Tensor](), list[Any]()
+def _summed_beside(group: dist.ProcessGroup, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Sends in one order, the model's last parameters first, so that every rank puts the same into a bucket. What has
+    no gradient when the block ends keeps none, and holds back those that come after it until then.
+    """
+    left = [one for one in parameters if one.requires_grad]
+    there, bucket, works = set[Tensor](), list[Tensor](), list[Any]()
 
-    def send(parameter: Tensor) -> None:
-        works.append(dist.all_reduce(local_part(parameter.grad), group=group, async_op=True))
+    def add(gradients: list[Tensor], *, is_end: bool = False) -> None:
+        bucket.extend(gradients)
+        if bucket and (is_end or sum(one.nbytes for one in bucket) >= BUCKET_BYTES):
+            works.append(sum_in_place(group, bucket))
+            bucket.clear()
 
-    def completed(parameter: Tensor) -> None:
-        complete.add(parameter)
-        while unsent and unsent[-1] in complete:  # the model's last ones come first
-            send(unsent.pop())
+    def complete(parameter: Tensor) -> None:
+        there.add(parameter)
+        while left and left[-1] in there:
+            add(_gradients([left.pop()]))
 
-    hooks = [one.register_post_accumulate_grad_hook(completed) for one in large]
+    hooks = [one.register_post_accumulate_grad_hook(complete) for one in left]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    for parameter in reversed(unsent):
-        if parameter.grad is not None:
-            send(parameter)
-    sent = set(large)
-    _sum_together(group, [one for one in parameters if one not in sent])
+    while left:
+        add(_gradients([left.pop()]))
+    add([], is_end=True)
     for work in works:
         work.wait()
 
 
-@torch.no_grad()
-def _sum_together(group: dist.ProcessGroup, parameters: Iterable[nn.Parameter]) -> None:
-    """Sums their gradients, all of one number type, in one message."""
-    parts = [local_part(one.grad) for one in parameters if one.grad is not None]
-    if parts:
-        together = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(together, group=group)
-        sums = together.split([part.numel() for part in parts])
-        torch._foreach_copy_(parts, [one.view_as(part) for one, part in zip(sums, parts, strict=True)])
+def sum_in_place(group: dist.ProcessGroup, tensors: list[Tensor]) -> Any:
+    """Sums each, in place and in one message. Returns what to wait for."""
+    return group.allreduce_coalesced(tensors)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [local_part(one.grad) for one in parameters if one.grad is not None]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model import MegatronBertForPreTraining, attention, layers, linear
+from megatron_bert.parallel import gradients
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.gradients import completed_gradients, gradient_norm
 from megatron_bert.parallel.materialize import materialize
@@ -126,11 +127,12 @@ def _fused_dropout(self: Any, states: Tensor) -> Tensor:
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
     """Takes the paths that a GPU takes, which fake tensors of any device can go: the variable-length attention kernel,
-    and products in the number type of their operands.
+    and products in the number type of their operands; and one that they cannot, sums of several tensors in one message.
     """
     attending: Any = layers
     multiplying: Any = linear
-    originals = attending.packed_attention, multiplying.cpu_multiplies
+    summing: Any = gradients
+    originals = attending.packed_attention, multiplying.cpu_multiplies, summing.sum_in_place
 
     def packed_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Any, *, implementation: str,
@@ -138,11 +140,15 @@ def _as_on_a_gpu() -> Iterator[None]:
     ) -> Tensor:  # fmt: skip
         return attention._varlen_attention(query, key, value, layout, is_causal, scaling, dropout)
 
+    def sum_in_place(group: dist.ProcessGroup, tensors: list[Tensor]) -> Any:
+        return [dist.all_reduce(one, group=group, async_op=True) for one in tensors][-1]
+
     attending.packed_attention, multiplying.cpu_multiplies = packed_attention, lambda dtype: True
+    summing.sum_in_place = sum_in_place
     try:
         yield
     finally:
-        attending.packed_attention, multiplying.cpu_multiplies = originals
+        attending.packed_attention, multiplying.cpu_multiplies, summing.sum_in_place = originals
 
 
 def full_rows(job: Job, layout: Layout) -> Batch:
