@@ -28,6 +28,7 @@ __all__ = ["StepTime", "step_flops", "step_time"]
 _BF16 = 2
 _HOST_LAYER_SECONDS = 9e-3  # forward and backward: 3.9b sharded over two H100 (benchmarks/RESULTS.md)
 _HANDOVER_SECONDS = 10e-6  # until GPUs have waited for each other within a recorded pass: two H200 (RESULTS.md)
+_TAKEN_BESIDE = 0.5  # of the time that bytes take over a node's links: two H200 (RESULTS.md)
 _TILE = (128, 256)  # of a result, that one multiprocessor computes: what cuBLAS takes for large products on Hopper
 
 
@@ -241,9 +242,14 @@ def overlapped_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
 
 
 def exposed_seconds(collectives: Sequence[Collective], layout: Layout, gpu: Gpu, computation: float) -> float:
-    """What remains of the data-parallel exchange when it runs beside `computation`, from layer to layer; and all of the
-    first gathering and of the last sum, which nothing hides.
+    """What a data-parallel exchange costs that runs beside `computation`, from layer to layer: what is longer than
+    that; all of the first gathering and of the last sum, which nothing hides; and of the rest what its kernels take
+    from computation, in which no slow network counts.
     """
-    seconds = sum(collective_seconds(one, layout, gpu) for one in collectives)
-    unhidden = sum(collective_seconds(one, layout, gpu) for one in collectives if one.count == 1)
-    return unhidden + max(seconds - unhidden - computation, 0.0)
+    hidden = [one for one in collectives if one.count > 1]
+    seconds, of_hidden = (sum(collective_seconds(one, layout, gpu) for one in some) for some in (collectives, hidden))
+    beside = min(of_hidden, computation)
+    if not beside:
+        return seconds
+    taken = _TAKEN_BESIDE * sum(one.sent_bytes for one in hidden) / gpu.node_bytes_per_second
+    return seconds - beside + taken * beside / of_hidden
