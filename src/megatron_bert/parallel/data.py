@@ -11,7 +11,6 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from megatron_bert.parallel.mesh import ParallelMesh
@@ -61,7 +60,7 @@ def call_within(model: Any, function: Callable[..., Result], *args: Any) -> Resu
     return result
 
 
-def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+def _sharded(model: Any) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 

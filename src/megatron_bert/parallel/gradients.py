@@ -38,8 +38,9 @@ def completed_gradients(model: nn.Module, mesh: ParallelMesh) -> Iterator[None]:
     else:
         yield
     if mesh.sequence_parallel:
-        of_parts = [one for name, one in model.named_parameters() if on_sequence_shards(name)]
-        sum_in_place(mesh.tensor.get_group(), _gradients(of_parts)).wait()
+        of_parts = _gradients(one for name, one in model.named_parameters() if on_sequence_shards(name))
+        if of_parts:
+            sum_in_place(mesh.tensor.get_group(), of_parts).wait()
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def _summed_beside(group: dist.ProcessGroup, parameters: list[nn.Parameter]) -> 
         while left and left[-1] in there:
             add(_gradients([left.pop()]))
 
-    hooks = [one.register_post_accumulate_grad_hook(complete) for one in left]
+    hooks = [one.register_post_accumulate_grad_hook(complete) for one in left]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
