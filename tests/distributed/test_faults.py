@@ -31,10 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(folder: Path, output: Path, *options: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """Two processes under torchrun, neither of which outlives the block."""
+def started(
+    folder: Path, output: Path, *options: str, restarts: int = 0, processes: int = 2
+) -> Iterator[subprocess.Popen[str]]:
+    """Processes under torchrun, none of which outlives the block."""
     words = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts),
+        sys.executable, "-m", "torch.distributed.run",
+        "--nproc-per-node", str(processes), "--max-restarts", str(restarts),
         "-m", "megatron_bert", "pretrain", str(folder / "recipe.yaml"), "--set", f"output={output}", *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

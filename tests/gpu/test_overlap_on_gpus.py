@@ -1,4 +1,4 @@
-"""Products that overlap with communication, on two GPUs: beside the same by NCCL, one thing after the other."""
+"""Products that overlap with communication, on two to eight GPUs: beside the same by NCCL, one after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs"),
 ]
 
-RANKS = 2
+RANKS = next((ranks for ranks in (8, 4) if torch.cuda.device_count() >= ranks), 2)
 ROUNDING = 0.02  # of a norm, after a chain of products in bfloat16; another rank's tokens, or old ones, give 1
 
 

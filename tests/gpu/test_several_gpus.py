@@ -1,4 +1,4 @@
-"""The real command under torchrun on two GPUs: layouts train alike, and a killed process takes nothing with it."""
+"""The real command under torchrun on two or four GPUs: layouts train alike, a killed process takes nothing with it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ pytestmark = [
 ]
 
 STEPS = 30
-TENSOR = ["mesh.tensor=2"]
+PROCESSES = 4 if torch.cuda.device_count() >= 4 else 2
+TENSOR = [f"mesh.tensor={PROCESSES}"]
 SEQUENCE = [*TENSOR, "mesh.sequence_parallel=true"]
 OVERLAP = [*SEQUENCE, "mesh.overlap=true"]
 REPLICATED: list[str] = []  # where a GPU has the memory
-SHARDED = ["mesh.shard=2"]
+SHARDED = [f"mesh.shard={PROCESSES}"]
+LAYOUTS = {"sharded": SHARDED, "tensor": TENSOR, "sequence": SEQUENCE, "overlap": OVERLAP}
+if PROCESSES == 4:
+    LAYOUTS |= {
+        "hybrid": ["mesh.shard=2"],
+        "both": ["mesh.tensor=2", "mesh.sequence_parallel=true", "mesh.overlap=true"],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +56,8 @@ def options(layout: list[str]) -> list[str]:
 
 
 def finished(folder: Path, output: Path, layout: list[str]) -> dict[int, float]:
-    """The losses of a run of two processes that ends by itself."""
-    with started(folder, output, *options(layout)) as process:
+    """The losses of a run that ends by itself."""
+    with started(folder, output, *options(layout), processes=PROCESSES) as process:
         said = process.communicate(timeout=PATIENCE_SECONDS)[1]
         assert process.returncode == 0, said
     assert (output / "model" / "model.safetensors").exists()
@@ -63,9 +70,7 @@ def replicated(folder: Path) -> Path:
     return folder / "replicated"
 
 
-@pytest.mark.parametrize(
-    "layout", [SHARDED, TENSOR, SEQUENCE, OVERLAP], ids=["sharded", "tensor", "sequence", "overlap"]
-)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts_train_alike(folder: Path, tmp_path: Path, replicated: Path, layout: list[str]) -> None:
     """Within what bfloat16 rounds, which grows from step to step."""
     reference, found = losses(replicated), finished(folder, tmp_path / "run", layout)
@@ -86,10 +91,10 @@ def test_going_on_at_another_layout(folder: Path, tmp_path: Path, replicated: Pa
 
 
 def test_a_killed_process(folder: Path, tmp_path: Path) -> None:
-    """torchrun starts both again, and they go on from the last checkpoint."""
+    """torchrun starts all again, and they go on from the last checkpoint."""
     output = tmp_path / "run"
     longer = [*OVERLAP, "training.steps=400"]
-    with started(folder, output, *options(longer), restarts=1) as process:
+    with started(folder, output, *options(longer), restarts=1, processes=PROCESSES) as process:
         wait_for(process, lambda: last_step(output) >= 25 and any((output / "checkpoints").glob("step-*")))
         before = losses(output)
         os.kill(children(process.pid)[1], signal.SIGKILL)
