@@ -128,7 +128,7 @@ def test_before_the_first_update_and_without_a_gradient(tmp_path: Path) -> None:
 def test_compiled_shapes_are_remembered(tmp_path: Path) -> None:
     whole, other = fresh_state(), fresh_state()
     whole.shapes = FixedShapes(4, 32, 0.15)
-    whole.shapes.predicted(77)
+    whole.shapes.room(predicted=77, sequences=5)
     restore(other, saved(whole, tmp_path))
     assert other.shapes == whole.shapes
 

@@ -12,6 +12,6 @@ weight is split along which axis is data: `megatron_bert.sharding`.
     streams       which random numbers are common to ranks and which are a rank's own
     loss          cross-entropy on parts of the vocabulary
     data          fully sharded data parallelism
-    gradients     what is left to do after the last backward pass
+    gradients     their sums over ranks, beside the last backward pass, and their norm
     materialize   memory and first values, each rank its own part; and whole parameters again, for export
 """

@@ -7,6 +7,7 @@ Gradients are summed over ranks, not averaged: the loss is divided by the global
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -34,9 +35,10 @@ def apply_fully_sharded(
         keeps_layers: whether layers stay whole between the forward and the backward pass (more memory, less traffic).
     """
     precision = MixedPrecisionPolicy(param_dtype=parameter_dtype, reduce_dtype=torch.float32)
+    outer = replace(precision, cast_forward_inputs=False)  # targets of regression stay what they are
     for layer in model.bert.encoder.layer:
         fully_shard(layer, mesh=mesh.sharding, mp_policy=precision, reshard_after_forward=not keeps_layers)
-    fully_shard(model, mesh=mesh.sharding, mp_policy=precision, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh.sharding, mp_policy=outer, reshard_after_forward=False)
     for module in _sharded(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -65,14 +65,14 @@ def _summed_beside(group: dist.ProcessGroup, parameters: list[nn.Parameter]) -> 
     hooks = [one.register_post_accumulate_grad_hook(complete) for one in left]  # type: ignore[no-untyped-call]
     try:
         yield
+        while left:
+            add(_gradients([left.pop()]))
+        add([], is_end=True)
     finally:
         for hook in hooks:
             hook.remove()
-    while left:
-        add(_gradients([left.pop()]))
-    add([], is_end=True)
-    for work in works:
-        work.wait()
+        for work in works:  # also where the pass failed: a recording cannot end with what it has not waited for
+            work.wait()
 
 
 def sum_in_place(group: dist.ProcessGroup, tensors: list[Tensor]) -> Any:

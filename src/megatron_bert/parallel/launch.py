@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ __all__ = [
     "from_first",
     "is_launched",
     "joined_processes",
+    "largest",
     "local_device",
     "ranks_of",
 ]
@@ -120,6 +121,16 @@ def exchange(value: Result, group: dist.ProcessGroup | None = None) -> list[Resu
     everywhere: list[Result] = [value] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, value, group=group)
     return everywhere
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """The largest that any rank gave of each. All ranks have to call it; no device is waited for."""
+    if not dist.is_initialized():
+        return list(numbers)
+    everywhere = torch.tensor(numbers)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    found: list[int] = everywhere.tolist()
+    return found
 
 
 def agreed(function: Callable[[], Result]) -> Result:

@@ -146,7 +146,7 @@ def computed_weight_bytes(job: Job, layout: Layout) -> float:
 
 def memory_of_step(job: Job, layout: Layout) -> Memory:
     """At the most demanding of some moments: the loss; the backward pass of the last layer, which is the first to be
-    taken; that of the word embeddings, the last; and the sum of replicas' gradients.
+    taken; and that of the word embeddings, the last.
     """
     config, tensor = job.config, layout.tensor
     weights, optimizer, gradients = (f(job, layout) for f in (weight_bytes, optimizer_bytes, gradient_bytes))

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_bert.errors import UserError
 from megatron_bert.parallel.data import call_within
+from megatron_bert.parallel.launch import agreed, exchange
 from megatron_bert.parallel.streams import PassStreams
 from megatron_bert.training.microbatch import LaidOut
 
@@ -94,7 +96,7 @@ class PassGraphs:
             is_first: of a step, so that there are no gradients yet.
 
         Raises:
-            UserError: CUDA broke a recording off.
+            UserError: a recording was broken off by CUDA, or in the middle of FSDP's work.
         """
         key = (is_first, around is not None, _signature(batch))
         fits = is_first or self._holds_gradients
@@ -120,12 +122,22 @@ class PassGraphs:
     def _try_to_record(
         self, objective: Any, batch: LaidOut, numbers: Sequence[Any], around: Around | None, key: Any
     ) -> None:
-        """Where it fails, nothing is recorded any more, and gradients are what they were."""
+        """Where it fails, nothing is recorded any more, and gradients are what they were. All ranks try at once, for
+        they go by the same shapes (`FixedShapes`); where it fails on one, it has failed on all.
+        """
         before = {parameter: parameter.grad for parameter in objective.model.parameters()}
-        try:
-            recorded = self._record(objective, batch, numbers, around, key)
-        except RuntimeError as error:  # out of memory is one, too
-            reason = " ".join(str(error).split())[:200]
+
+        def attempt() -> _Recorded | str:
+            try:
+                return self._record(objective, batch, numbers, around, key)
+            except RuntimeError as error:  # out of memory is one, too
+                if isinstance(objective.model, FSDPModule):  # which knows of no pass that is broken off
+                    raise _not_recorded(error) from error
+                return " ".join(str(error).split())[:200]
+
+        recorded = agreed(attempt)
+        reason = next(filter(None, exchange(recorded if isinstance(recorded, str) else "")), None)
+        if isinstance(recorded, str) or reason:
             self._left = 0
             self.release()
             for parameter, gradient in before.items():
@@ -178,10 +190,7 @@ class PassGraphs:
             try:
                 graph.capture_end()
             except RuntimeError as error:
-                raise UserError(
-                    f"a training pass cannot be recorded as a CUDA graph ({failed or error}): set "
-                    "runtime.cuda_graphs=false; the run goes on from its last checkpoint"
-                ) from (failed or error)
+                raise _not_recorded(failed or error) from (failed or error)
         if failed is not None:
             raise failed
         return result
@@ -207,6 +216,11 @@ class PassGraphs:
         recorded.streams.set()
         recorded.replay()
         return type(recorded.losses)(*(one.clone() for one in recorded.losses))
+
+
+def _not_recorded(error: RuntimeError) -> UserError:
+    return UserError(f"a training pass cannot be recorded as a CUDA graph ({error}): set runtime.cuda_graphs=false; "
+                     "the run goes on from its last checkpoint")  # fmt: skip
 
 
 def _signature(batch: LaidOut) -> Hashable:

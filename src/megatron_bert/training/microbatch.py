@@ -6,7 +6,7 @@ Legend: B batch, S sequence, M predicted positions of the batch, n sequences, k 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional
 from megatron_bert.data.batches import Batch
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
+from megatron_bert.parallel.launch import largest
 
 __all__ = ["FixedShapes", "LabelledBatch", "LaidOut", "MicroBatch", "moved"]
 
@@ -69,9 +70,21 @@ class FixedLayout:
         return packed_1Tx.view(*self.batch_shape, *packed_1Tx.shape[2:])
 
 
+class Room(NamedTuple):
+    """For predicted positions, sequences of a packed batch, labelled samples, and texts of each of these."""
+
+    predicted: int
+    sequences: int
+    samples: int
+    texts: int
+
+
 @dataclass
 class FixedShapes:
     """Shapes that every batch of a compiled step has, so that nothing is compiled twice.
+
+    They are the same on all ranks: a pass in which ranks send to each other is recorded by all of them at once or by
+    none (NCCL user guide, "Using NCCL with CUDA Graphs").
 
     A batch with fewer rows (the last of a pass) or shorter ones is filled up with padding. So are the predicted
     positions, to the expected number of a full batch and a reserve, and the sequences of a packed batch, to the largest
@@ -91,26 +104,21 @@ class FixedShapes:
     _predicted: int = 0
     _sequences: int = 0
     _samples: int = 0
+    _texts: int = 0
 
-    def predicted(self, number: int) -> int:
-        """Room for the predicted positions of a batch that has `number`."""
+    def room(self, *, predicted: int = 0, sequences: int = 0, samples: int = 0, texts: int = 0) -> Room:
+        """For a batch of so many, and the batches that the other ranks ask for now: all of them have to."""
+        predicted, sequences, samples, texts = largest([predicted, sequences, samples, texts])
         positions = self.rows * self.row_tokens
         expected = self.predicted_share * positions
-        if number > self._predicted:
-            self._predicted = min(_rounded_up(1.05 * max(number, expected), 128), max(positions, number))
-        return self._predicted
-
-    def sequences(self, number: int) -> int:
-        """Room for the sequences of a batch that has `number`."""
-        if number > self._sequences:
-            self._sequences = _rounded_up(1.25 * number, 64)
-        return self._sequences
-
-    def samples(self, number: int) -> int:
-        """Room for the labelled samples of a batch that has `number`."""
-        if number > self._samples:
-            self._samples = _rounded_up(1.25 * number, 8)
-        return self._samples
+        if predicted > self._predicted:
+            self._predicted = min(_rounded_up(1.05 * max(predicted, expected), 128), max(positions, predicted))
+        if sequences > self._sequences:
+            self._sequences = _rounded_up(1.25 * sequences, 64)
+        if samples > self._samples:
+            self._samples = _rounded_up(1.25 * samples, 8)
+        self._texts = max(self._texts, texts)
+        return Room(self._predicted, self._sequences, self._samples, self._texts)
 
 
 @dataclass(frozen=True)
@@ -175,10 +183,11 @@ class MicroBatch(LaidOut):
         targets, num_masked = labels[positions], len(positions)
         inputs: dict[str, Tensor] = {name: batch[name] for name in _INPUTS if name in batch}
         num_pairs = 0 if pairs is None else int((pairs != IGNORED).sum())
+        room = None
         if shapes is not None:
-            room = shapes.predicted(num_masked) - num_masked
-            positions = functional.pad(positions, (0, room))
-            targets = functional.pad(targets, (0, room), value=IGNORED)
+            room = shapes.room(predicted=num_masked, sequences=len(batch.get("cu_seq_lens", [0])) - 1)
+            positions = functional.pad(positions, (0, room.predicted - num_masked))
+            targets = functional.pad(targets, (0, room.predicted - num_masked), value=IGNORED)
         layout: PackedLayout | FixedLayout | None = None
         mask = batch.get("attention_mask")
         if mask is not None and shapes is not None:
@@ -186,7 +195,7 @@ class MicroBatch(LaidOut):
         elif mask is not None:
             layout = layout_of_padding(mask)
         if "cu_seq_lens" in batch:
-            layout, boundaries = _packed_layout(batch, shapes)
+            layout, boundaries = _packed_layout(batch, shapes, room)
             inputs["cu_seq_lens_q"] = boundaries
             if pairs is not None:
                 pairs = functional.pad(pairs, (0, len(boundaries) - 1 - len(pairs)), value=IGNORED)
@@ -233,10 +242,14 @@ class LabelledBatch(LaidOut):
         Args:
             has_tags: targets are of tokens.
         """
-        layout, boundaries = _packed_layout(batch, shapes)
-        inputs = {name: batch[name] for name in _INPUTS}
         targets, bounds = batch["targets"], batch["cu_seq_lens"].long()
         sequences, positions = batch["sequences"], batch["input_ids"].numel()
+        room, samples = None, len(batch["rows"])
+        if shapes is not None:
+            texts = len(sequences) // samples if samples else 0
+            room = shapes.room(sequences=len(bounds) - 1, samples=samples, texts=texts)
+        layout, boundaries = _packed_layout(batch, shapes, room)
+        inputs = {name: batch[name] for name in _INPUTS}
         starts, lengths = bounds[sequences], bounds.diff()[sequences]
         longest = int(lengths.max()) if len(lengths) else 1
         if shapes is not None:
@@ -246,14 +259,12 @@ class LabelledBatch(LaidOut):
         tokens = places[places >= 0]
         known = ~targets.isnan() if targets.is_floating_point() else targets != IGNORED
         terms = known.all(-1) if targets.ndim == 2 and not targets.is_floating_point() else known  # a span is one
-        if shapes is not None and len(batch["rows"]):
-            texts = len(sequences) // len(batch["rows"])
-            room = shapes.samples(len(batch["rows"]))
-            sequences = _longer(sequences, room * texts, 0)
-            places = _longer(places, room * texts, -1)
+        if room is not None:
+            sequences = _longer(sequences, room.samples * room.texts, 0)
+            places = _longer(places, room.samples * room.texts, -1)
             tokens = _longer(tokens, positions, 0)
             unknown = float("nan") if targets.is_floating_point() else IGNORED
-            targets = _longer(targets, positions if has_tags else room, unknown)
+            targets = _longer(targets, positions if has_tags else room.samples, unknown)
         return cls(
             inputs={**inputs, "cu_seq_lens_q": boundaries},
             layout=layout,
@@ -281,14 +292,15 @@ def _real_lengths(batch: Batch) -> Tensor:
     return boundaries.diff() * (predicted[boundaries].diff() > 0)
 
 
-def _packed_layout(batch: Batch, shapes: FixedShapes | None) -> tuple[PackedLayout | FixedLayout, Tensor]:
+def _packed_layout(
+    batch: Batch, shapes: FixedShapes | None, room: Room | None
+) -> tuple[PackedLayout | FixedLayout, Tensor]:
     """The layout of a packed batch, and its boundaries (with `shapes`, empty sequences fill them up)."""
     boundaries, (rows, columns) = batch["cu_seq_lens"], batch["input_ids"].shape
     layout = layout_of_boundaries(boundaries, (rows, columns))
-    if shapes is None:
+    if shapes is None or room is None:
         return layout, boundaries
-    room = shapes.sequences(len(boundaries) - 1) + 1 - len(boundaries)
-    filled = torch.cat([boundaries, boundaries[-1:].expand(room)])
+    filled = torch.cat([boundaries, boundaries[-1:].expand(room.sequences + 1 - len(boundaries))])
     return FixedLayout(layout, filled, shapes.sequence_tokens or columns), filled
 
 

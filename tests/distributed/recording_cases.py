@@ -1,0 +1,113 @@
+"""What tests of recorded passes run in each process of a world: what ranks have to agree on. Nothing is recorded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bert.data.labelled import collate_labelled
+from megatron_bert.errors import SharedError
+from megatron_bert.parallel.data import call_within
+from megatron_bert.parallel.parallelize import parallelize
+from megatron_bert.training.configuration import OptimizerSection
+from megatron_bert.training.graphs import _signature
+from megatron_bert.training.microbatch import FixedShapes, LabelledBatch, MicroBatch
+from megatron_bert.training.objective import Objective
+from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.ranks import Ranks
+from megatron_bert.training.step import train_step
+from megatron_bert.training.supervised import target_kind
+from tests.distributed.cases import build, mesh_of
+from tests.unit.test_graphs import Replayed
+from tests.unit.test_step import packed
+from tests.unit.test_supervised import CASES, rows, samples
+from tests.unit.test_training_parts import batch, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def everywhere(value: Any) -> list[Any]:
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def shapes_of_pretraining() -> None:
+    """Of batches in which ever more is predicted, on one rank more than on another; packed and padded."""
+    shapes, seen = FixedShapes(6, 40, 0.05), set()
+    for step in range(4):
+        padded, rank = partial(batch, seed=10 * step + dist.get_rank()), dist.get_rank()
+        for one in (padded(rows=6 if rank else 2), packed(padded())):
+            signature = _signature(MicroBatch.of(one, shapes))
+            assert everywhere(signature) == [signature] * dist.get_world_size()
+            seen.add(signature)
+    assert len(seen) >= 2
+
+
+def shapes_of_fine_tuning() -> None:
+    """Where a rank has no sample at all."""
+    for head, problem, num_labels in CASES:
+        made = samples(rows(head, problem))[dist.get_rank() :] if dist.get_rank() < 2 else []
+        collated = collate_labelled([made], target_kind(head, problem), num_labels, 0, 64, 12)
+        one = LabelledBatch.of(collated, FixedShapes(1, 64, 0.0, 12), has_tags=head == "token")
+        assert len(one.rows) == len(made)
+        assert everywhere(_signature(one)) == [_signature(one)] * dist.get_world_size()
+
+
+class FailsOnOneRank(Replayed):
+    """Cannot record on the last one."""
+
+    def _record(self, *args: Any) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise torch.OutOfMemoryError("no room")
+        return SimpleNamespace()
+
+
+def a_recording_that_fails_on_one_rank(*, sharded: bool) -> None:
+    """All go on without, or where FSDP is in the middle of a pass, all end."""
+    mesh, model = mesh_of(1, replicate=1 if sharded else 2), tiny_model()
+    parallelize(model, mesh)
+    graphs = FailsOnOneRank()
+    objective = Objective(model, CPU, graphs=graphs)
+    optimizer = build_optimizer(model, OptimizerSection(learning_rate=1e-2))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_bert").addHandler(handler)
+
+    def step() -> None:
+        micro = objective.micro_batch(batch(seed=dist.get_rank(), padded=False))
+        train_step(objective, optimizer, [micro], clip_norm=1.0, ranks=Ranks(mesh))
+
+    step()
+    step()
+    if sharded:
+        with pytest.raises(SharedError, match=r"rank 1: a training pass cannot be recorded .* \(no room\)"):
+            step()
+    else:
+        step()
+        step()
+    logging.getLogger("megatron_bert").removeHandler(handler)
+    assert not graphs.replays
+    assert ["not recorded" in one and "no room" in one for one in said] == ([] if sharded else [True])
+
+
+@dataclass
+class Targets:
+    values: Tensor
+
+
+def targets_stay_what_they_are() -> None:
+    """Weights are put together in bfloat16; values that a model regresses to are not rounded to it."""
+    model = build()
+    parallelize(model, mesh_of(1), parameter_dtype=torch.bfloat16)
+    given = Targets(torch.tensor([4.756, 1234.5]))
+    assert torch.equal(call_within(model, lambda one: one.values, given), given.values)
