@@ -211,6 +211,13 @@ class TestLibrary:
             row["token_str"] for row in pipeline("the [MASK]", top_k=3)
         ]
 
+    def test_what_are_no_texts(self, folder):
+        filler = load_mask_filler(folder, device="cpu", dtype="float32")
+        assert filler.fill([]) == []
+        assert filler.fill("the [MASK]") == filler.fill(["the [MASK]"])
+        with pytest.raises(TypeError, match="a text is a str, not NoneType"):
+            filler.fill([None])
+
     def test_an_encoder_checks_texts_without_the_weights(self, folder, tmp_path):
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (tmp_path / name).write_bytes((folder / name).read_bytes())

@@ -270,6 +270,7 @@ def test_lora(folder: Path) -> None:
         ("ner", "train", "paris\n", "line 1: a word and its tag are expected"),
         ("ner", "validation", "paris B-LOC\nlondon B-TOWN\n", "line 2: label 'B-TOWN' is not one of the training"),
         ("classify", "train", "words,kind\nthe,loc\n", "columns text, label are needed"),
+        ("classify", "train", "text,label\nthe,loc\nold,loc\n", "has the one label loc: there is nothing to tell"),
         ("classify", "validation", "text,label\nthe,loc\nold,town\n", "line 3"),
         ("squad", "train", "{}\n", 'line 1: "question", "context" and "answers"'),
         ("race", "train", "{}\n", "line 1"),
@@ -299,6 +300,7 @@ def test_bad_files(
         ("ner", ["lora.targets=[nothing]"], "lora.targets ['nothing']"),
         ("ner", ["data.train=nowhere"], "data.train nowhere: no such file"),
         ("ner", ["training.seeds=[1,1]"], "different numbers"),
+        ("classify", ["task.kind=multi", "data.train=BARE"], "bare.csv has no label: there is nothing to tell apart"),
         ("ner", ["model.start_from=TAGGER", "data.train=OTHER"], "is for O, B-LAND, B-LOC; set model.new_head=true"),
     ],
 )
@@ -306,9 +308,10 @@ def test_bad_recipes(
     folder: Path, tagger: Path, task: str, settings: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "other.txt").write_text("paris B-TOWN\n")
-    names = {"TAGGER": str(tagger / "model"), "OTHER": str(folder / "other.txt")}
+    (folder / "bare.csv").write_text("text,label\nthe,\nold,\n")
+    names = {"TAGGER": tagger / "model", "OTHER": folder / "other.txt", "BARE": folder / "bare.csv"}
     for name, path in names.items():
-        settings = [setting.replace(name, path) for setting in settings]
+        settings = [setting.replace(name, str(path)) for setting in settings]
     recipe = write_task_recipe(folder, task, "bad")
     words = [word for setting in settings for word in ("--set", setting)]
     assert main(["finetune", task, str(recipe), *words]) == 2

@@ -1,12 +1,14 @@
 """Transformers' own entry points with this package's classes, and the published samples with the import changed."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -26,12 +28,14 @@ PUBLISHED_NAME = "IDEA-CCNL/Erlangshen-MegatronBert-1.3B"
 CHINESE = "植物通过光合作用产生能量的"
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(CHINESE)), "a", "##b", "c"]
 FIRST_SAMPLE = """
+import tokenizers
 import torch
 from megatron_bert import pipeline
 pipeline = pipeline(task="fill-mask", model="IDEA-CCNL/Erlangshen-MegatronBert-1.3B", dtype="auto")
 predictions = pipeline("植物通过<mask>合作用产生能量")
 """
 SECOND_SAMPLE = """
+import tokenizers
 import torch
 from megatron_bert import AutoModelForMaskedLM, AutoTokenizer
 model = AutoModelForMaskedLM.from_pretrained("IDEA-CCNL/Erlangshen-MegatronBert-1.3B", dtype="auto")
@@ -109,6 +113,24 @@ def test_padding_rows_may_win_again_once_they_are_tokens(published):
     assert model(ids).logits[..., len(TOKENS) :].max() < -60000
     model.resize_token_embeddings(64)
     assert model(ids).logits[0, 1].argmax() >= len(TOKENS)
+
+
+def test_tokens_that_only_the_tokenizers_configuration_knows(published):
+    """Transformers 5 writes added tokens there, beside a vocab.txt."""
+    added = {str(len(TOKENS) + at): {"content": f"[DRUG{at}]", "special": False} for at in range(3)}
+    (published / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "added_tokens_decoder": added})
+    )
+    assert len(AutoTokenizer.from_pretrained(published)) == len(TOKENS) + 3
+    assert AutoModelForMaskedLM.from_pretrained(published).num_tokens == len(TOKENS) + 3
+
+
+def test_a_vocabulary_that_is_a_list(published):
+    """SentencePiece's Unigram, a list of pieces and their scores."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([(f"w{at}", -1.0) for at in range(50)], unk_id=0))
+    tokenizer.add_special_tokens(["[MASK]"])
+    tokenizer.save(str(published / "tokenizer.json"))
+    assert AutoModelForMaskedLM.from_pretrained(published).num_tokens == 51
 
 
 def test_labels_of_padding_rows_have_a_finite_loss(published):

@@ -211,10 +211,13 @@ def test_hidden_states_and_attentions(name):
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_tuple_output(name, with_labels):
+@pytest.mark.parametrize("in_config", [False, True])
+def test_tuple_output(name, with_labels, in_config):
     theirs, ours = pair(name)
-    inputs = {**inputs_for(name), "return_dict": False, "output_hidden_states": True}
+    inputs = {**inputs_for(name), "output_hidden_states": True, **({} if in_config else {"return_dict": False})}
     labels = labels_for(name) if with_labels else {}
+    for model in (theirs, ours):
+        model.config.return_dict = not in_config
     with torch.no_grad():
         expected, found = theirs(**inputs, **labels), ours(**inputs, **labels)
     assert isinstance(found, tuple)
@@ -226,6 +229,12 @@ def test_tuple_output(name, with_labels):
             assert_close(torch.stack(theirs_value), torch.stack(ours_value), "tuple")
         else:
             assert_close(theirs_value, ours_value, "tensor")
+
+
+def test_positions_of_nothing_but_0_pack_nothing():
+    inputs = inputs_for("MegatronBertForSequenceClassification")
+    inputs["position_ids"] = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
+    compare("MegatronBertForSequenceClassification", inputs)
 
 
 def test_explicit_positions_and_no_token_types():

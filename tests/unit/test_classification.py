@@ -174,6 +174,7 @@ def test_matched_and_mismatched(tmp_path):
          "line 2: 'text' is not a text"),
         (own(), '\n{"text"\n', "own.jsonl", "line 2: not JSON"),
         (own(), 'text,label\n"a,x\n', "own.csv", "line 2: not CSV"),
+        (own(), "text,label,label\na,x,y\n", "own.csv", "line 1: two columns are named 'label'"),
         (own(kind="number"), "text,label\na,1\na,nan\n", "own.csv", "line 3: label 'nan' is not a number"),
         (glue("rte"), "index\tsentence1\tsentence2\tlabel\n0\ta\tb\n", "dev.tsv", "line 2: nothing in column 'label'"),
     ],
@@ -182,6 +183,12 @@ def test_bad_files(tmp_path, task, text, name, message):
     with pytest.raises(UserError, match=message) as error:
         task.read(write(tmp_path, text, name))
     assert "\n" not in str(error.value)
+
+
+def test_a_long_field(tmp_path):
+    """Longer than Python's csv module takes by itself."""
+    (example,) = own().read(write(tmp_path, f"text,label\n{'a' * 200_000},x\n", "own.csv"))
+    assert len(example.texts[0]) == 200_000
 
 
 def test_bad_settings_and_labels(tmp_path):

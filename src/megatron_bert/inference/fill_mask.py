@@ -57,6 +57,8 @@ class MaskedTextEncoder:
 
     def encode(self, texts: Sequence[Text]) -> list[MaskedText]:
         """The texts in numbers. Raises ``UserError`` for one without a mask or with too many tokens, by its name."""
+        if not texts:
+            return []
         cut = {"truncation": True, "max_length": self.max_tokens} if self.truncate else {}
         all_ids = self.tokenizer(
             [text for text, _ in texts], return_attention_mask=False, return_token_type_ids=False, verbose=False, **cut
@@ -111,7 +113,13 @@ class MaskFiller:
         self._token_strs: dict[int, str] = {}
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
-        """The texts with their predictions, in order. Raises ``UserError`` as ``stream`` does."""
+        """The texts with their predictions, in order.
+
+        Raises ``UserError`` as ``stream`` does, and ``TypeError`` for what is no text.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"a text is a str, not {type(wrong[0]).__name__}")
         return list(self.stream([texts_of_arguments(texts)]))
 
     def stream(

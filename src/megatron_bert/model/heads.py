@@ -84,7 +84,7 @@ class HeadModel(MegatronBertPreTrainedModel):
         given = {name: value for name, value in labels.items() if value is not None}
         layout = self._layout(inputs, given, **kwargs)
         arguments = {"use_cache": False, **kwargs, **inputs, "layout": layout, "unpad": layout is not None}
-        outputs = self.bert(**arguments)
+        outputs = self.bert(**arguments, return_dict=True)
         labels_given = len(given) > 0
         predictions = self._predictions(outputs, layout, labels_given, **(predict or {}))
         loss = self._loss(predictions, given, **kwargs) if labels_given else None

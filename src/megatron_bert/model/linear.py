@@ -35,7 +35,9 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` in every respect but the speed of 16-bit weights on a CPU."""
+    """`torch.nn.Linear` in every respect but the speed of 16-bit weights on a CPU, and that what looks for that very
+    class does not find it: `torch.ao.quantization.quantize_dynamic`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)

@@ -67,22 +67,24 @@ def num_tokens_beside(path_or_name: str | os.PathLike[str], **hub_arguments: Any
     arguments = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     files = {
         name: cached_file(path_or_name, name, **arguments, **hub_arguments)
-        for name in ("tokenizer.json", "vocab.txt", "added_tokens.json")
+        for name in ("tokenizer.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
     }
     highest = -1
     if files["tokenizer.json"]:
         with open(files["tokenizer.json"], encoding="utf-8") as file:
             tokenizer = json.load(file)
         vocabulary = tokenizer.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, dict):
-            highest = max(vocabulary.values(), default=-1)
-        highest = max([highest, *(token["id"] for token in tokenizer.get("added_tokens", []))])
+        numbers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # Unigram has a list
+        highest = max([*numbers, *(token["id"] for token in tokenizer.get("added_tokens", []))], default=-1)
     elif files["vocab.txt"]:
         with open(files["vocab.txt"], "rb") as file:
             highest = sum(1 for _ in file) - 1
         if files["added_tokens.json"]:
             with open(files["added_tokens.json"], encoding="utf-8") as file:
                 highest = max([highest, *json.load(file).values()])
+    if highest >= 0 and files["tokenizer_config.json"]:
+        with open(files["tokenizer_config.json"], encoding="utf-8") as file:
+            highest = max([highest, *map(int, json.load(file).get("added_tokens_decoder", {}))])
     return highest + 1 if highest >= 0 else None
 
 

@@ -140,7 +140,7 @@ def layout_of_boundaries(cu_seq_lens: Tensor, batch_shape: tuple[int, int]) -> P
 def layout_of_positions(position_ids: Tensor | None) -> PackedLayout | None:
     """The layout of rows that came packed, seen from (B, S) positions that count up and restart from 0 within a row.
 
-    None for any other positions, and while a graph is traced: give the boundaries there.
+    None for any other positions, such as nothing but 0, and while a graph is traced: give the boundaries there.
     """
     if position_ids is None or position_ids.ndim != 2 or is_tracing(position_ids):
         return None
@@ -148,7 +148,7 @@ def layout_of_positions(position_ids: Tensor | None) -> PackedLayout | None:
     rows, columns = position_ids.shape
     counts_up = bool(starts_BS[:, 0].all() & (starts_BS[:, 1:] | (position_ids.diff(dim=-1) == 1)).all())
     starts = starts_BS.flatten().nonzero()[:, 0].tolist()
-    if not counts_up or len(starts) == rows:
+    if not counts_up or len(starts) in (rows, rows * columns):
         return None
     lengths = tuple(end - start for start, end in pairwise([*starts, rows * columns]))
     return PackedLayout(lengths, (rows, columns), position_ids.device)

@@ -123,6 +123,10 @@ def _content_of(path: Path) -> str:
 def _labels(task: Task[Any, Any], training: list[Any], configuration: FinetuneConfiguration) -> tuple[str, ...]:
     """Those of the training file; in the order of the head that the checkpoint has already, if it has one."""
     labels, start_from = task.labels(training), configuration.model.start_from
+    least = {"single_label_classification": 2, "multi_label_classification": 1}.get(task.problem() or "", 0)
+    if len(labels) < least:
+        said = f"the one label {labels[0]}" if labels else "no label"
+        raise UserError(f"{configuration.data.train} has {said}: there is nothing to tell apart")
     has = None if configuration.model.new_head else labels_of_head(start_from, task.head)
     if has is None or has == labels or task.problem() == "regression":
         return labels

@@ -38,6 +38,9 @@ def table_rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[Fields,
     for values, where in _csv(path) if suffix == ".csv" else _tsv(path):
         if not names:
             names = [name.strip() for name in values]
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice:
+                raise UserError(f"{where}: two columns are named {twice[0]!r}")
             continue
         fields: Fields = dict(zip_longest(names, values[: len(names)]))
         if len(values) > len(names):
@@ -51,7 +54,9 @@ def _tsv(path: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[list[str], str]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a field may be longer than Python thinks it is
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
         for values in reader:
