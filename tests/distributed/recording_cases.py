@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_bert.data.labelled import collate_labelled
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.errors import SharedError
+from megatron_bert.model import MegatronBertConfig
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.training.configuration import OptimizerSection
@@ -24,11 +25,11 @@ from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.ranks import Ranks
 from megatron_bert.training.step import train_step
-from megatron_bert.training.supervised import target_kind
+from megatron_bert.training.supervised import HEADS, SupervisedObjective, target_kind
 from tests.distributed.cases import build, mesh_of
 from tests.unit.test_graphs import Replayed
 from tests.unit.test_step import packed
-from tests.unit.test_supervised import CASES, rows, samples
+from tests.unit.test_supervised import CASES, SHAPE, rows, samples
 from tests.unit.test_training_parts import batch, tiny_model
 
 CPU = torch.device("cpu")
@@ -56,12 +57,16 @@ def shapes_of_pretraining() -> None:
 
 
 def shapes_of_fine_tuning() -> None:
-    """Where a rank has no sample at all."""
+    """Where ranks have no sample at all, and nothing to lose."""
     for head, problem, num_labels in CASES:
         made = samples(rows(head, problem))[dist.get_rank() :] if dist.get_rank() < 2 else []
         collated = collate_labelled([made], target_kind(head, problem), num_labels, 0, 64, 12)
         one = LabelledBatch.of(collated, FixedShapes(1, 64, 0.0, 12), has_tags=head == "token")
         assert len(one.rows) == len(made)
+        config = MegatronBertConfig(**SHAPE, num_labels=num_labels, problem_type=problem)
+        losses, outputs = SupervisedObjective(HEADS[head](config).eval(), CPU, head, problem, "float32").predicted(one)
+        assert len(outputs) == len(made)
+        assert (float(losses.task) > 0.0) == bool(made)
         assert everywhere(_signature(one)) == [_signature(one)] * dist.get_world_size()
 
 

@@ -131,7 +131,8 @@ class SupervisedObjective:
         if self.head in ("sequence", "choice"):
             pooled_nD = parts.dropout(output.pooler_output.index_select(0, batch.sequences))
             logits: Tensor = parts.classifier(pooled_nD).float()
-            choices = max(len(batch.lengths) // max(len(batch.rows), 1), 1)  # of a batch that fills up a step, too
+            # Each sample has a target, filled up or not; a batch without any, one that fills up a step, has 0 of both.
+            choices = max(len(batch.sequences) // max(len(batch.targets), 1), 1)
             return logits if self.head == "sequence" else logits.view(-1, choices)
         states = output.last_hidden_state.flatten(0, 1)
         if self.head == "token":
