@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -362,6 +364,19 @@ def goes_on_at_another_layout(folder: Path, *, saved_at: int, layouts: list[int]
         for name, value in state_of(model, optimizer).items():
             assert torch.equal(whole(value), saved[name]), f"{name} at tensor degree {tensor}"
         assert abs(add_gradients(model, step_batches(4, packed=False), mesh) - loss) <= TOLERANCE * loss
+
+
+def says_that_a_disk_is_full(folder: Path) -> None:
+    """Here a limit to the size of files, which the system enforces in the same place: in the middle of a tensor."""
+    mesh = mesh_of(1).device_mesh["shard"]
+    tensors = {str(number): distribute_tensor(torch.ones(64, 64), mesh, [Shard(0)]) for number in range(30)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(folder, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

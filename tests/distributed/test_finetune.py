@@ -84,7 +84,7 @@ def check_adapters(ours: Path, reference: Path) -> None:
 def test_what_cannot_be_is_said_to_all(world: Callable[[int], World], folder: Path) -> None:
     for overrides, message in (
         (["mesh.tensor=2", "lora.rank=4"], "lora with mesh.tensor"),
-        (["training.batch_samples=15"], "training.batch_samples 15 is not a multiple of the 2 processes"),
+        (["training.batch_samples=15"], "training.batch_samples 15 is not a multiple of the 2 data-parallel ranks"),
         (["data.train=nowhere"], "data.train nowhere: no such file"),
     ):
         said = world(2).run(finetune_cases.finetunes, "ner", folder / "ner.yaml", f"output={folder / 'no'}", *overrides)

@@ -151,7 +151,7 @@ def test_dropout_goes_on_where_it_was(world: Callable[[int], World], folder: Pat
         (["mesh.shard=3"], "mesh.shard 3 with 4 data-parallel ranks"),
         (["mesh.tensor=4", "model.num_attention_heads=2"], "num_attention_heads 2 is not divisible by the tensor"),
         (["mesh.tensor=4", "model.vocabulary_multiple=1", "data.tokenizer=TOKENIZER"], "pad the vocabulary to a multi"),
-        (["training.batch_samples=6"], "training.batch_samples 6 is not a multiple of the 4 processes"),
+        (["training.batch_samples=6"], "training.batch_samples 6 is not a multiple of the 4 data-parallel ranks"),
         (["data.tokens=nowhere"], "nowhere"),
     ],
 )

@@ -209,7 +209,7 @@ def test_evaluation_sees_everything_once(reader: IndexedReader, packing: bool, w
 
 
 def test_samples_that_cannot_be_shared(reader: IndexedReader) -> None:
-    with pytest.raises(UserError, match=r"training\.batch_samples 8 is not a multiple of the 3 processes"):
+    with pytest.raises(UserError, match=r"training\.batch_samples 8 is not a multiple of the 3 data-parallel ranks"):
         StepPlanner(blend_of(reader), BatchLayout(8, 8, 0, 3), ROW_TOKENS)
 
 

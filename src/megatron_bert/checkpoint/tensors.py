@@ -62,7 +62,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
         OSError: what the file system says.
     """
     assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    writer = filesystem.FileSystemWriter(folder, sync_files=False)  # whoever renames the folder syncs all of its files
+    writer = _Writer(folder, sync_files=False)  # whoever renames the folder syncs all of its files
     try:
         save(dict(tensors), storage_writer=writer, process_group=group)
     except (CheckpointException, RuntimeError) as error:
@@ -122,6 +122,16 @@ class _IndexUnpickler(pickle.Unpickler):
         if allowed is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
         return allowed
+
+
+class _Writer(filesystem.FileSystemWriter):
+    """Says what the file system said: an exception goes from process to process without its cause."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise _cause(error) from error
 
 
 class _Reader(filesystem.FileSystemReader):

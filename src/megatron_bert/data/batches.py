@@ -90,7 +90,8 @@ class StepPlanner:
     def __init__(self, blend: Blend[Any], layout: BatchLayout, row_tokens: int) -> None:
         if layout.samples % layout.world_size:
             raise UserError(
-                f"training.batch_samples {layout.samples} is not a multiple of the {layout.world_size} processes"
+                f"training.batch_samples {layout.samples} is not a multiple of the {layout.world_size} "
+                "data-parallel ranks"
             )
         self.blend, self.layout, self._row_tokens = blend, layout, row_tokens
 
