@@ -85,6 +85,9 @@ def bert_cases(gpus: int) -> list[Case]:
     one += [Case("3.9b", 2560, 48, 40, 1, 8, recompute="full")]  # for a GPU that does not hold the others
     spread = [Case("3.9b", 2560, 48, 40, gpus, 16 * passes * gpus, shard=shard, passes=passes)
                for passes in (1, 8) for shard in (None, 1) if gpus > 1]  # fmt: skip
+    if gpus > 1:
+        spread += [Case("3.9b", 2560, 48, 40, gpus, 16 * gpus, keeps_layers=True),
+                   Case("345m", 1024, 24, 16, gpus, 64 * gpus)]  # fmt: skip
     large = [Case("8.9b", 3584, 56, 56, 8, 32, 8, None, True, False, vocabulary=50176),
              Case("8.9b", 3584, 56, 56, 8, 64, recompute="full", vocabulary=50176)] if gpus >= 8 else []  # fmt: skip
     return data + one + tensor + spread + large

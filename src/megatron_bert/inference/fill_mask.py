@@ -113,7 +113,7 @@ class MaskFiller:
         self._token_strs: dict[int, str] = {}
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
-        """The texts with their predictions, in order.
+        """The texts (a string is one) with their predictions, in order.
 
         Raises ``UserError`` as ``stream`` does, and ``TypeError`` for what is no text.
         """
