@@ -58,16 +58,20 @@ def shapes_of_pretraining() -> None:
 
 def shapes_of_fine_tuning() -> None:
     """Where ranks have no sample at all, and nothing to lose."""
+    seen, has_samples = [], dist.get_rank() < 2
     for head, problem, num_labels in CASES:
-        made = samples(rows(head, problem))[dist.get_rank() :] if dist.get_rank() < 2 else []
+        made = samples(rows(head, problem))[dist.get_rank() :] if has_samples else []
         collated = collate_labelled([made], target_kind(head, problem), num_labels, 0, 64, 12)
         one = LabelledBatch.of(collated, FixedShapes(1, 64, 0.0, 12), has_tags=head == "token")
         assert len(one.rows) == len(made)
+        seen.append(one)
+    signatures = [_signature(one) for one in seen]
+    assert everywhere(signatures) == [signatures] * dist.get_world_size()
+    for (head, problem, num_labels), one in zip(CASES, seen, strict=True):
         config = MegatronBertConfig(**SHAPE, num_labels=num_labels, problem_type=problem)
         losses, outputs = SupervisedObjective(HEADS[head](config).eval(), CPU, head, problem, "float32").predicted(one)
-        assert len(outputs) == len(made)
-        assert (float(losses.task) > 0.0) == bool(made)
-        assert everywhere(_signature(one)) == [_signature(one)] * dist.get_world_size()
+        assert len(outputs) == len(one.rows)
+        assert (float(losses.task) > 0.0) == has_samples
 
 
 class FailsOnOneRank(Replayed):
