@@ -32,6 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4
+LOSSES_RATE = 2e-5  # without warm-up: at 1e-4 the loss of any layout leaps, and leaps differ
 PAPER = {1: 1.0, 2: 0.95, 4: 0.82, 8: 0.77}
 ON_A100 = {1: 1.0, 2: 0.917, 4: 0.845, 8: 0.747}
 
@@ -136,7 +137,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--group", choices=("paper", "bert", "losses"), default="paper")
     parser.add_argument("--only", type=int, action="append", help="cases of so many GPUs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: gloo ranks, tiny shapes")
-    parser.add_argument("--gpu", default="h100", help="whose numbers to predict with")
+    parser.add_argument("--gpu", help="whose numbers to predict with; left out: those of the one here, or an h100's")
     parser.add_argument("--steps", type=int, default=10, help="that are timed, or whose losses are compared")
     parser.add_argument("--without-graphs", action="store_true", help="passes are not recorded as CUDA graphs")
     parser.add_argument("--compiled-alone", action="store_true", help="without our kernels between a layer's products")
@@ -158,8 +159,8 @@ def _launched(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any
         file = Path(folder) / "cases.json"
         file.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-        words = ["--worker", str(file), "--group", args.group, "--device", args.device, "--gpu", args.gpu,
-                 "--steps", str(args.steps)]  # fmt: skip
+        words = ["--worker", str(file), "--group", args.group, "--device", args.device, "--steps", str(args.steps)]
+        words += ["--gpu", args.gpu] if args.gpu else []
         if args.trace:
             words += ["--trace", str(args.trace.resolve())]
         words += ["--without-graphs"] * args.without_graphs + ["--compiled-alone"] * args.compiled_alone
@@ -247,7 +248,7 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
         initialize(network, seed=1)
     else:
         _fill(network)
-    optimizer = build_optimizer(network, OptimizerSection(learning_rate=1e-4))
+    optimizer = build_optimizer(network, OptimizerSection(learning_rate=LOSSES_RATE))
 
     def steps(number: int) -> list[float]:
         losses = []
@@ -317,7 +318,7 @@ def _figures(steps: Any, args: argparse.Namespace, job: Any, layout: Any, device
         wait()
         seconds.append((time.perf_counter() - before) / max(args.steps // 5, 1))
     median = sorted(seconds)[len(seconds) // 2]
-    plan, rate = plan_of(job, layout, gpu_named(args.gpu)), step_flops(job) / median / job.gpus
+    plan, rate = plan_of(job, layout, gpu_named(args.gpu or _gpu_here())), step_flops(job) / median / job.gpus
     figures = {
         "ms": median * 1e3, "predicted_ms": plan.time.total * 1e3,
         "tokens_per_second_gpu": job.tokens / median / job.gpus,
@@ -328,6 +329,15 @@ def _figures(steps: Any, args: argparse.Namespace, job: Any, layout: Any, device
         figures |= {"gib": torch.cuda.max_memory_allocated() / GIB, "mfu": rate / peak if peak else 0.0}
         figures |= _communication(steps)
     return figures
+
+
+def _gpu_here() -> str:
+    import torch
+
+    from megatron_bert.planning.devices import GPUS
+
+    words = torch.cuda.get_device_name().lower().split() if torch.cuda.is_available() else []
+    return next((name for name in GPUS if name in words), "h100")
 
 
 def _trace(steps: Any, file: Path) -> None:
