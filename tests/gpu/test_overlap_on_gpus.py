@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 RANKS = next((ranks for ranks in (8, 4) if torch.cuda.device_count() >= ranks), 2)
-ROUNDING = 0.02  # of a norm, after a chain of products in bfloat16; another rank's tokens, or old ones, give 1
+ROUNDING = 0.04  # of a norm, after a chain of products in bfloat16; another rank's tokens, or old ones, give 1
 
 
 def joined(rank: int, case: Callable[..., None], store: str, arguments: tuple[Any, ...]) -> None:
