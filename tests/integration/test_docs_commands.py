@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.cli.main import main
+from tests.integration.forked_command import forked_command
 from tests.integration.tiny_corpus import prepare
 from tests.integration.tiny_megatron import write_tiny_megatron
 from tests.integration.tiny_model import write_tiny_model
@@ -35,9 +36,9 @@ def what_can_be_converted(folder: Path) -> None:
 PREPARE: dict[str, Callable[[Path], None]] = {"convert": what_can_be_converted, "plot": finished_run}
 
 
-def run_page(page: Path, folder: Path, model: Path) -> "subprocess.CompletedProcess[str]":
-    """Runs the page's blocks inside `folder`, with `megatron-bert` of this environment."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def run_page(page: Path, folder: Path, model: Path, command: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs the page's blocks inside `folder`, with the `megatron-bert` in `command`."""
+    path = os.pathsep.join([str(command), str(Path(sys.executable).parent), os.environ["PATH"]])
     runner = [sys.executable, str(ROOT / "tools" / "run_commands.py"), "--directory", str(folder), str(page)]
     environment = {**os.environ, "PATH": path, "MODEL": str(model), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(runner, env=environment, capture_output=True, text=True, check=False)
@@ -50,10 +51,16 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    with forked_command(tmp_path_factory.mktemp("command")) as folder:
+        yield folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_commands_of_a_page_run(page, tmp_path, model):
+def test_the_commands_of_a_page_run(page, tmp_path, model, command):
     PREPARE.get(page.stem, lambda folder: None)(tmp_path)
-    result = run_page(page, tmp_path, model)
+    result = run_page(page, tmp_path, model, command)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "== " in result.stdout  # at least one block
 
@@ -62,11 +69,11 @@ def test_there_is_a_page_for_fill_mask():
     assert "fill-mask" in [page.stem for page in PAGES]
 
 
-def test_a_command_that_fails_is_found(tmp_path, model):
+def test_a_command_that_fails_is_found(tmp_path, model, command):
     page = tmp_path / "page.md"
     page.write_text(
         "```sh\nmegatron-bert fill-mask --model $MODEL 'the [MASK]'\n```\n\n```sh\nmegatron-bert fill-msk\n```\n"
     )
-    result = run_page(page, tmp_path, model)
+    result = run_page(page, tmp_path, model, command)
     assert result.returncode == 2
     assert "did you mean 'fill-mask'?" in result.stderr

@@ -1,0 +1,105 @@
+"""The command `megatron-bert` without its seconds of imports: a process that has done them forks for each call.
+
+For tests of many calls. The `megatron-bert` here hands its arguments, directory, environment and open files to that
+process, and ends with the code of its fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, Popen
+
+CLIENT = """#!{python}
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    said = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(said).to_bytes(8, "little")], [0, 1, 2])
+    server.sendall(said)
+    sys.exit(int(server.recv(8) or b"70"))
+"""
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = "import sys; sys.path.pop(0); sys.path.append({root!r}); from {module} import serve; serve({folder!r})"
+
+
+@contextmanager
+def forked_command(folder: Path) -> Iterator[Path]:
+    """A folder for PATH, in which `megatron-bert` is the forked one."""
+    code = SERVER.format(root=str(ROOT), module=__name__, folder=str(folder))
+    with Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield folder
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def serve(folder: str) -> None:
+    """Answers calls, until its standard input ends."""
+    from megatron_bert.cli import main  # noqa: F401  # what most calls need
+    from megatron_bert.tasks import setup  # noqa: F401
+    from megatron_bert.training import pretrain  # noqa: F401
+
+    address = f"{folder}/socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        client = Path(folder, "megatron-bert")
+        client.write_text(CLIENT.format(python=sys.executable, address=address))
+        client.chmod(0o755)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        print("ready", flush=True)
+        while 0 not in select.select([server, 0], [], [])[0]:
+            connection, _ = server.accept()
+            if not os.fork():
+                server.close()
+                answer(connection)
+            connection.close()
+
+
+def answer(connection: socket.socket) -> None:
+    """In a process of its own: the call in another one, and its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, files, _, _ = socket.recv_fds(connection, 8, 3)
+    said = b""
+    while len(said) < int.from_bytes(size, "little"):
+        said += connection.recv(1 << 16)
+    child = os.fork()
+    if not child:
+        connection.close()
+        call(files, *json.loads(said))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    connection.sendall(str(code if code >= 0 else 128 - code).encode())
+    os._exit(0)
+
+
+def call(files: list[int], arguments: list[str], directory: str, environment: dict[str, str]) -> None:
+    """As a shell would have started it."""
+    from megatron_bert.cli.main import main
+
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    code: int | str | None = 70
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
