@@ -233,7 +233,7 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
     shard = case.shard or data
     layout = Layout(
         case.tensor, shard, data // shard, case.sequence_parallel, case.recompute, case.rows // data // case.passes,
-        case.overlap,
+        case.overlap, case.keeps_layers,
     )  # fmt: skip
     network = empty_network(config, ObjectiveSection(kind="causal") if case.causal else ObjectiveSection())
     objective = build_objective(

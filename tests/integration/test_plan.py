@@ -37,6 +37,7 @@ def job_of(layout: Layout, micro_batches: int = 1, hidden: int = 1024, layers: i
         (Layout(tensor=2, micro_rows=16), 1),
         (Layout(tensor=4, sequence_parallel=True, recompute="full", micro_rows=16), 1),
         (Layout(shard=8, micro_rows=8), 1),
+        (Layout(shard=8, micro_rows=8, keep_layers=True), 2),
         (Layout(replicate=4, micro_rows=4), 1),
         (Layout(tensor=2, shard=4, replicate=2, sequence_parallel=True, recompute="full", micro_rows=1), 3),
         (Layout(tensor=8, shard=64, sequence_parallel=True, micro_rows=8), 1),

@@ -140,11 +140,18 @@ def test_a_step_takes_what_two_h100_took(size, rows, layout, seconds):
         ("3.9b", 1, Layout(micro_rows=16), 0.3777),
         ("3.9b", 2, Layout(replicate=2, micro_rows=16), 0.4115),
         ("3.9b", 2, Layout(shard=2, micro_rows=16), 0.4363),
+        ("345m", 4, Layout(replicate=4, micro_rows=64), 0.1473),
+        ("345m", 4, Layout(shard=2, replicate=2, micro_rows=64), 0.1593),
+        ("3.9b", 4, Layout(tensor=4, sequence_parallel=True, micro_rows=32, overlap=True), 0.2324),
+        ("3.9b", 4, Layout(replicate=4, micro_rows=16), 0.4253),
+        ("3.9b", 4, Layout(shard=4, micro_rows=16), 0.4252),
+        ("3.9b", 4, Layout(shard=4, micro_rows=16, keep_layers=True), 0.4123),
     ],
 )
-def test_a_step_takes_what_two_h200_took(size, gpus, layout, seconds):
+def test_a_step_takes_what_one_to_four_h200_took(size, gpus, layout, seconds):
+    """`benchmarks/scaling.py --group bert`."""
     hidden, layers, heads = SIZES[size]
-    job = Job(config_of(hidden, layers, heads, 29056), gpus, gpus * layout.micro_rows)
+    job = Job(config_of(hidden, layers, heads, 29056), gpus, layout.data * layout.micro_rows)
     assert step_time(job, layout, GPUS["h200"]).total == pytest.approx(seconds, rel=0.10)
 
 

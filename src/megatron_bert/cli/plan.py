@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="mesh.overlap (default: within a node)",
     )
+    layout.add_argument(
+        "--keep-layers",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mesh.keep_layers (default: where it is faster and fits)",
+    )
     layout.add_argument("--recompute", choices=("none", "selective", "full"))
     layout.add_argument("--micro-batch", type=_positive, metavar="ROWS", help="rows of one forward pass")
     parser.add_argument(
@@ -175,7 +181,15 @@ def _gpu(args: argparse.Namespace) -> Gpu:
 def _choice(args: argparse.Namespace) -> Choice:
     from megatron_bert.planning.ranking import Choice
 
-    return Choice(args.tensor, args.shard, args.sequence_parallel, args.recompute, args.micro_batch, args.overlap)
+    return Choice(
+        tensor=args.tensor,
+        shard=args.shard,
+        sequence_parallel=args.sequence_parallel,
+        recompute=args.recompute,
+        micro_rows=args.micro_batch,
+        overlap=args.overlap,
+        keep_layers=args.keep_layers,
+    )
 
 
 def _positive(text: str) -> int:

@@ -94,8 +94,9 @@ def _state_bytes(job: Job, layout: Layout) -> int:
 
 
 def sharding_collectives(job: Job, layout: Layout) -> list[Collective]:
-    """Between data-parallel ranks, for one micro-batch: weights gathered in bfloat16, a layer's in both passes and the
-    rest once; gradients summed in float32, over `shard` by reduce-scatter and over `replicate` by all-reduce.
+    """Between data-parallel ranks, for one micro-batch: weights gathered in bfloat16, a layer's in both passes, or once
+    where layers are kept, and the rest once; gradients summed in float32, over `shard` by reduce-scatter and over
+    `replicate` by all-reduce.
     """
     if not layout.fully_sharded:  # see `replica_collectives`
         return []
@@ -103,7 +104,7 @@ def sharding_collectives(job: Job, layout: Layout) -> list[Collective]:
     layer = layer_parameters(job.config, layout.tensor)
     outer = outer_parameters(job.config, layout.tensor)
     found = [
-        Collective("all-gather", "shard", layout.shard, layer * _BF16, 2 * layers),
+        Collective("all-gather", "shard", layout.shard, layer * _BF16, layers if layout.keep_layers else 2 * layers),
         Collective("all-gather", "shard", layout.shard, outer * _BF16),
         Collective("reduce-scatter", "shard", layout.shard, layer * _FP32, layers),
         Collective("reduce-scatter", "shard", layout.shard, outer * _FP32),

@@ -43,6 +43,7 @@ class Layout:
         replicate: groups of them that hold the same.
         overlap: under sequence parallelism, products go on while tokens travel (`parallel.overlap`).
         micro_rows: rows of one forward pass of a tensor-parallel group.
+        keep_layers: what was put together of split weights for the forward pass stays so until the backward pass.
     """
 
     tensor: int = 1
@@ -52,6 +53,7 @@ class Layout:
     recompute: Recompute = "none"
     micro_rows: int = 1
     overlap: bool = False
+    keep_layers: bool = False
 
     @property
     def data(self) -> int:
@@ -84,6 +86,7 @@ class Layout:
         """In words."""
         if self.data == 1:
             return "none"
-        if self.replicate == 1:
-            return f"sharded {self.shard}"
-        return f"replicated {self.replicate}" if self.shard == 1 else f"sharded {self.shard} x {self.replicate}"
+        if self.shard == 1:
+            return f"replicated {self.replicate}"
+        groups = f"sharded {self.shard}" + (f" x {self.replicate}" if self.replicate > 1 else "")
+        return f"{groups}, kept" if self.keep_layers else groups

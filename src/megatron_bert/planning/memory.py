@@ -133,13 +133,15 @@ def computed_weight_bytes(job: Job, layout: Layout) -> float:
 
     One GPU alone, or tensor-parallel ones: the matrices of every layer, or with full recomputation of one, and those
     outside. Fully sharded: what is put together, all outside the layers and two layers, of which one is ahead of its
-    time; and of every layer that is not recomputed the query, key and value weights, which were put side by side.
+    time, or every layer where they are kept; and of every layer that is not recomputed the query, key and value
+    weights, which were put side by side.
     """
     config, tensor = job.config, layout.tensor
     recomputes = layout.recompute == "full"
     if layout.fully_sharded:
         beside = 0 if recomputes else config.num_hidden_layers * 3 * config.hidden_size**2 // tensor
-        return _BF16 * (outer_parameters(config, tensor) + 2 * layer_parameters(config, tensor) + beside)
+        together = config.num_hidden_layers if layout.keep_layers else 2
+        return _BF16 * (outer_parameters(config, tensor) + together * layer_parameters(config, tensor) + beside)
     layers = 1 if recomputes else config.num_hidden_layers
     return _BF16 * (outer_matrices(config, tensor) + layers * layer_matrices(config, tensor))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_bert.errors import UserError
 from megatron_bert.parallel.tensor import check_degree
@@ -50,6 +51,7 @@ class Choice:
     recompute: Recompute | None = None
     micro_rows: int | None = None
     overlap: bool | None = None
+    keep_layers: bool | None = None
 
 
 def rank(job: Job, gpu: Gpu, choice: Choice | None = None) -> list[Plan]:
@@ -104,6 +106,8 @@ def check_layout(job: Job, layout: Layout) -> None:
     check_degree(job.config, layout.tensor)
     if layout.sequence_parallel and layout.tensor == 1:
         raise UserError("sequence parallelism needs a tensor-parallel degree of 2 or more")
+    if layout.keep_layers and not layout.fully_sharded:
+        raise UserError("keep_layers needs weights that are split over 2 or more data-parallel ranks")
     if layout.overlap and not layout.sequence_parallel:
         raise UserError("overlap needs sequence parallelism")
     if job.batch_rows % layout.data:
@@ -125,6 +129,7 @@ def _any_layout(job: Job, choice: Choice) -> Layout:
         recompute=choice.recompute or "none",
         micro_rows=choice.micro_rows or 1,
         overlap=choice.overlap or False,
+        keep_layers=choice.keep_layers or False,
     )
 
 
@@ -143,11 +148,14 @@ def _layouts(job: Job, gpu: Gpu, choice: Choice) -> Iterator[Layout]:
         kinds: tuple[Recompute, ...] = ("none", "selective", "full")
         for shard in sorted(shards):
             for sequence_parallel in sequences if choice.sequence_parallel is None else (choice.sequence_parallel,):
-                for recompute in kinds if choice.recompute is None else (choice.recompute,):
-                    can_overlap = sequence_parallel and tensor <= gpu.node_gpus
+                can_overlap = sequence_parallel and tensor <= gpu.node_gpus
+                for recompute, keep_layers in product(
+                    kinds if choice.recompute is None else (choice.recompute,),
+                    (False, True) if choice.keep_layers is None else (choice.keep_layers,),
+                ):
                     layout = Layout(
                         tensor, shard, data // shard, sequence_parallel, recompute, choice.micro_rows or 1,
-                        can_overlap if choice.overlap is None else choice.overlap,
+                        can_overlap if choice.overlap is None else choice.overlap, keep_layers,
                     )  # fmt: skip
                     if _is_possible(job, layout):
                         yield layout

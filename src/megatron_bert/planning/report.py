@@ -125,6 +125,7 @@ def recipe_settings(layout: Layout) -> dict[str, str]:
         "mesh.sequence_parallel": str(layout.sequence_parallel).lower(),
         "mesh.overlap": str(layout.overlap).lower(),
         "mesh.shard": str(layout.shard),
+        "mesh.keep_layers": str(layout.keep_layers).lower(),
         "runtime.recompute": layout.recompute,
         "runtime.micro_batch_samples": str(layout.micro_rows),
     }

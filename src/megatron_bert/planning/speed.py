@@ -172,14 +172,14 @@ def optimizer_bytes_moved(job: Job, layout: Layout) -> float:
     """AdamW reads weights, gradients and two moments and writes all but gradients: 28 bytes a parameter; the norm reads
     gradients: 4; and each micro-batch reads weights in float32, writes them in bfloat16 and its gradients likewise: 12,
     and 6 more where layers are computed again. Fully sharded, it converts parts of weights and copies whole ones from
-    the message twice, widens whole gradients for theirs and adds a part to the last ones.
+    the message twice, or once where layers are kept, widens whole gradients for theirs and adds a part to the last.
     """
     parameters = rank_parameters(job.config, layout.tensor)
     config, tensor = job.config, layout.tensor
     matrices = config.num_hidden_layers * layer_matrices(config, tensor) + outer_matrices(config, tensor)
     in_a_pass: float = 18 if layout.recompute == "full" else 12
     if layout.fully_sharded:
-        in_a_pass = 2 * (6 / layout.shard + 4) + 6 + 12 / layout.shard
+        in_a_pass = (1 if layout.keep_layers else 2) * (6 / layout.shard + 4) + 6 + 12 / layout.shard
     return 32 * parameters / layout.shard + in_a_pass * matrices * layout.micro_batches(job)
 
 

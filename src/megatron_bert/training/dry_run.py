@@ -108,6 +108,7 @@ def _objective(job: Job, layout: Layout, mesh: ParallelMesh) -> Objective:
         predicted_share=job.predicted_share,
         recompute=layout.recompute,
         mesh=mesh,
+        keeps_layers=layout.keep_layers,
     )
     fuse_projections(model)
     return objective
