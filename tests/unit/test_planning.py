@@ -296,6 +296,13 @@ def test_what_does_not_fit_says_how_much_it_needs():
     assert plan.against == f"needs {plan.memory.total / GIB:.0f} GiB of 79"
 
 
+def test_norms_are_slower_where_every_rank_does_all_or_kernels_are_missing():
+    """`elementwise_bytes`: `training.layer_kernels` are of layers that no data-parallel ranks share."""
+    plans = rank(Job(BERT_345M, 4, 256), GPUS["h200"], Choice(tensor=1, recompute="none", micro_rows=64))
+    assert [plan.layout.shard for plan in plans] == [1, 4, 4]
+    assert all("norms and dropouts of sharded layers" in plan.against for plan in plans[1:])
+
+
 def test_more_gpus_of_a_kind_never_predict_more_than_their_number():
     times = [rank(Job(BERT_345M, gpus, 1024), H100)[0].time.total for gpus in (1, 2, 4, 8, 16)]
     assert times == sorted(times, reverse=True)

@@ -192,8 +192,11 @@ def _reason(plan: Plan, best: Plan, gpu: Gpu) -> str:
     slower = plan.time.total / best.time.total - 1
     if slower < 0.0005:
         return "as fast as the first"
-    if part in ("products", "attention", "elementwise") and plan.layout.recompute != "none":
+    layout = plan.layout
+    if part in ("products", "attention", "elementwise") and layout.recompute != "none":
         words = "computes activations twice"
+    elif part == "elementwise" and layout.fully_sharded and (layout.tensor == 1 or layout.sequence_parallel):
+        words = "norms and dropouts of sharded layers go without kernels of their own"
     else:
         words = {
             "products": "smaller products of matrices",
