@@ -293,6 +293,8 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
                args=arguments()), "bert.encoder.layer.2.output.dense.weight is missing"  # fmt: skip
     yield save(folder / "headless", [{k: v for k, v in core.weights.items() if "lm_head.dense" not in k}],
                args=arguments()), "cls.predictions.transform.dense.weight is missing"  # fmt: skip
+    yield save(folder / "fairseq", [{"encoder.sentence_encoder.layer_norm.weight": torch.ones(HIDDEN)}]), \
+        "no BERT of Megatron-LM's"  # fmt: skip
     cut = save(folder / "cut", [core.weights], args=arguments()) / "mp_rank_00" / "model_optim_rng.pt"
     cut.write_bytes(cut.read_bytes()[:3000])
     yield cut, "truncated or damaged"
