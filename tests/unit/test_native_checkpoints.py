@@ -88,6 +88,26 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     assert weights["c"] is weights["a.weight"]
 
 
+def test_one_that_cannot_be_removed_does_not_undo_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where somebody reads it over NFS."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    write(tmp_path, 1)
+    with CheckpointWriter(tmp_path, 1) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer_module.shutil, "rmtree", busy)
+            writer.save(snapshot(2))
+            assert writer.wait() is None
+        assert "step-00000001 could not be removed (Device or resource busy)" in caplog.text
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000001"]
+        writer.save(snapshot(3))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003"]
+
+
 def test_a_checkpoint_is_of_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors change while they are being written."""
     changed, write_them = threading.Event(), writer_module.write_tensors

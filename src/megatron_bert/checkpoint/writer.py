@@ -169,7 +169,10 @@ class CheckpointWriter:
         kept += [checkpoint_of(self._run, best) for path in kept if (best := best_step(path))]
         for path in list_checkpoints(self._run):
             if path not in kept:
-                shutil.rmtree(path)
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:  # the new one is there all the same
+                    log.warning("%s could not be removed (%s); the next checkpoint tries again", path, error.strerror)
 
 
 def _nothing() -> None:
