@@ -208,8 +208,9 @@ def test_what_must_come_first_decides(tmp_path: Path) -> None:
 
 def test_what_was_being_written_goes(tmp_path: Path) -> None:
     kept = write(tmp_path, 1)
-    left = tmp_path / "checkpoints" / ".step-00000002.77.partial"
-    left.mkdir()
-    (left / "__0_0.distcp").write_bytes(b"half")
+    for left in ("checkpoints/.step-00000002.77.partial", ".model.77.partial"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "file").write_bytes(b"half")
     remove_unfinished(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == kept
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoints"]

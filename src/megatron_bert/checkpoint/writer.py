@@ -188,6 +188,6 @@ def _reported(step: int, error: OSError) -> OSError:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Removes what a killed process was writing. Only for whoever holds the run's lock."""
-    for path in checkpoints_folder(run).glob(".step-*.partial"):
+    """Removes what a killed process was writing: a checkpoint, or the model. Only for whoever holds the run's lock."""
+    for path in (*checkpoints_folder(run).glob(".step-*.partial"), *run.glob(".model.*.partial")):
         shutil.rmtree(path, ignore_errors=True)
