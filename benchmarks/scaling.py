@@ -1,9 +1,9 @@
 """Weak scaling over the GPUs of one host, with the planner's prediction beside each figure.
 
-    PYTHONPATH=src python benchmarks/scaling.py --gpus 8                # the paper's shapes on 1, 2, 4, 8 GPUs
-    PYTHONPATH=src python benchmarks/scaling.py --gpus 8 --group bert   # 345m, 3.9b and 8.9b at several layouts
-    PYTHONPATH=src python benchmarks/scaling.py --gpus 2 --group losses # 50 losses beside those of one GPU
-    PYTHONPATH=src python benchmarks/scaling.py --gpus 2 --device cpu   # a rehearsal on gloo ranks, tiny shapes
+    PYTHONPATH=src python benchmarks/scaling.py --gpus 8                            # the paper's shapes on 1, 2, 4, 8
+    PYTHONPATH=src python benchmarks/scaling.py --gpus 8 --group bert               # 345m, 3.9b and 8.9b by layout
+    PYTHONPATH=src python benchmarks/scaling.py --gpus 2 --group losses --steps 50  # beside those of one GPU
+    PYTHONPATH=src python benchmarks/scaling.py --gpus 2 --device cpu               # a rehearsal on gloo, tiny shapes
 
 The paper's weak scaling is arXiv 1909.08053, section 5.1, table 1: hidden 1536 / 1920 / 2304 / 3072 with 16 / 20 / 24 /
 32 heads and 40 / 54 / 64 / 72 layers at tensor degree 1 / 2 / 4 / 8, 8 rows of 1,024 tokens, the next token predicted,
@@ -12,7 +12,7 @@ a full step. Efficiency: FLOPs a second and GPU over those of the first shape on
 
 Steps are the trainer's own: compiled layers, bfloat16 with float32 weights, fused AdamW, dropout 0.1. One `torchrun`
 for all cases of as many GPUs. Communication: the share of a step in which its kernels run, and in which nothing else
-does.
+does; idle: in which no kernel runs.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ def bert_cases(gpus: int) -> list[Case]:
     if gpus > 1:
         spread += [Case("3.9b", 2560, 48, 40, gpus, 16 * gpus, keeps_layers=True),
                    Case("345m", 1024, 24, 16, gpus, 64 * gpus)]  # fmt: skip
+    if gpus >= 4 and gpus % 2 == 0:
+        spread += [Case("345m", 1024, 24, 16, gpus, 64 * gpus, shard=2)]
     large = [Case("8.9b", 3584, 56, 56, 8, 32, 8, None, True, False, vocabulary=50176),
              Case("8.9b", 3584, 56, 56, 8, 64, recompute="full", vocabulary=50176)] if gpus >= 8 else []  # fmt: skip
     return data + one + tensor + spread + large
@@ -390,7 +392,9 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 def _layout_name(row: dict[str, Any]) -> str:
     parts = [f"tensor {row['tensor']}"] if row["tensor"] > 1 else []
     data = row["gpus"] // row["tensor"]
-    parts += [f"{'replicated' if row['shard'] == 1 else 'sharded'} {data}"] if data > 1 else []
+    shard = row["shard"] or data
+    groups = f"sharded {shard}" + (f" x {data // shard}" if shard < data else "")
+    parts += [f"replicated {data}" if shard == 1 else groups] if data > 1 else []
     parts += [name for key, name in (("sequence_parallel", "sequence"), ("overlap", "overlap")) if row[key]]
     parts += ["kept"] if row["keeps_layers"] else []
     parts += [f"{row['passes']} passes"] if row["passes"] > 1 else []
@@ -415,7 +419,7 @@ def _rows(results: list[dict[str, Any]], *, is_paper: bool) -> Iterator[str]:
             f"{name} {row['ms']:.1f} | {row['predicted_ms']:.1f} ({row['predicted_ms'] / row['ms'] - 1:+.0%}) | "
             f"{row['tokens_per_second_gpu']:,.0f} | {row.get('mfu', 0):.3f} | {efficiency} |{paper} "
             f"{row.get('gib', 0):.1f} ({row['predicted_gib']:.1f}) | {row.get('communication', 0):.1%} | "
-            f"{row.get('exposed', 0):.1%} |"
+            f"{row.get('exposed', 0):.1%} | {row.get('idle', 0):.1%} |"
         )
 
 
@@ -423,8 +427,8 @@ def _print(results: list[dict[str, Any]], *, is_paper: bool) -> None:
     print(f"\n{_versions()}\n")
     paper = " the paper's |" if is_paper else ""
     print(f"| shape | GPUs | layout | ms a step | predicted | tokens/s a GPU | MFU | efficiency |{paper} "
-          "GiB (predicted) | communication | nothing else |")  # fmt: skip
-    print("|" + "---|" * (12 if is_paper else 11))
+          "GiB (predicted) | communication | nothing else | idle |")  # fmt: skip
+    print("|" + "---|" * (13 if is_paper else 12))
     for line in _rows(results, is_paper=is_paper):
         print(line)
 
