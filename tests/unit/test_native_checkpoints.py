@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 
 from megatron_bert.checkpoint import writer as writer_module
 from megatron_bert.checkpoint.native import list_checkpoints, load_model_weights, newest_good, read_state
@@ -194,6 +195,19 @@ def test_a_full_disk(
         writer.save(snapshot(3))
         assert writer.wait() is None
     assert newest_good(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("cause", "said"), [(None, RuntimeError), (OSError(errno.EIO, "no"), OSError)])
+def test_what_the_library_says_comes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: OSError | None, said: type[Exception]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("enforce fail") from cause
+
+    monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", broken)
+    with pytest.raises(said, match="enforce fail" if cause is None else "no"):
+        write_tensors(tmp_path, tensors())
 
 
 def test_what_must_come_first_decides(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ class _Writer(filesystem.FileSystemWriter):
         try:
             return super().write_data(*args, **kwargs)
         except RuntimeError as error:
-            raise _cause(error) from error
+            raise _cause(error) from None  # it may be `error`, which would be its own cause
 
 
 class _Reader(filesystem.FileSystemReader):
