@@ -26,7 +26,7 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("megatron_bert.cli.evaluate", "score a model by a published protocol"),
     "plan": Verb("megatron_bert.cli.plan", "predict memory, communication and speed on many GPUs"),
     "plot": Verb("megatron_bert.cli.plot", "draw the curves of runs"),
-    "convert": Verb("megatron_bert.cli.convert", "write a pretraining run's model for Transformers"),
+    "convert": Verb("megatron_bert.cli.convert", "write a pretraining run's model, or Megatron-LM's, for Transformers"),
 }
 
 
