@@ -119,6 +119,8 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("optimizer.schedule=cosin", r"optimizer\.schedule: Input should be 'linear' or 'cosine', not 'cosin'"),
         ("optimizer.final_share=2", r"optimizer\.final_share: Input should be less than or equal to 1, not 2"),
         ("runtime.recompute=some", r"runtime\.recompute: Input should be 'none', 'selective' or 'full', not 'some'"),
+        ("mesh={shard: 1, keep_layers: true}", r"mesh: keep_layers is of weights that shard splits"),
+        ("mesh={overlap: true}", r"mesh: overlap is of what sequence_parallel sends"),
         ("model=5", r"model: Input should be a valid dictionary"),
         (
             "data.tokens=[{prefix: a, weight: 0}]",

@@ -277,12 +277,14 @@ class MeshSection(Section):
     timeout_seconds: float = Field(600, gt=0)  # a process that is waited for longer ends the run
 
     @model_validator(mode="after")
-    def _sequence_parallel_needs_ranks(self) -> Self:
+    def _no_key_is_for_nothing(self) -> Self:
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel splits tokens over tensor-parallel processes: give tensor, or leave it "
                              "out")  # fmt: skip
         if self.overlap and not self.sequence_parallel:
             raise ValueError("overlap is of what sequence_parallel sends: set that too, or leave it out")
+        if self.keep_layers and self.shard == 1:
+            raise ValueError("keep_layers is of weights that shard splits over processes: leave one of them out")
         return self
 
 
