@@ -139,6 +139,31 @@ def test_labels_of_padding_rows_have_a_finite_loss(published):
     assert torch.isfinite(model(torch.tensor([[2, 4, 3]]), labels=torch.tensor([[-100, 63, -100]])).loss)
 
 
+def test_smoothed_labels_count_padding_rows_as_they_do_there(published, tmp_path):
+    """Transformers' Trainer takes the labels away and smooths them over the whole vocabulary."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, len(TOKENS), (8, 6))]
+    losses = []
+    for model_class in (transformers.MegatronBertForMaskedLM, MegatronBertForMaskedLM):
+        model = model_class.from_pretrained(
+            published, dtype="float32", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            label_smoothing_factor=0.1,
+            max_steps=2,
+            optim="sgd",
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+        losses.append([trainer.train().training_loss, trainer.evaluate(rows)["eval_loss"]])
+        logits = model.train()(rows[0]["input_ids"][None]).logits
+        losses[-1].append(torch.nn.functional.cross_entropy(logits[0], rows[0]["labels"], label_smoothing=0.1).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_trainer_trains_ours(tmp_path):
     torch.manual_seed(0)
     texts = torch.randint(5, 64, (64, 8))

@@ -295,6 +295,14 @@ def test_problem_types(kind):
     assert theirs.config.problem_type == ours.config.problem_type
 
 
+def test_a_loss_of_ones_own_counts_padding_as_it_does_there():
+    """Spans' logits in training, without positions given."""
+    theirs, ours = (model.train() for model in pair("MegatronBertForQuestionAnswering"))
+    inputs = inputs_for("MegatronBertForQuestionAnswering", "right")
+    expected, found = (model(**inputs).start_logits.logsumexp(-1) for model in (theirs, ours))
+    assert_close(expected, found, "normaliser of the loss")
+
+
 @pytest.mark.parametrize("padding", [None, "right", "left"])
 @pytest.mark.parametrize("name", ["MegatronBertModel", "MegatronBertForCausalLM", "MegatronBertForMaskedLM"])
 def test_decoder(name, padding):

@@ -63,8 +63,8 @@ class HeadModel(MegatronBertPreTrainedModel):
 
     bert: MegatronBertModel
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
-        """The head's logits by field of its output class."""
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
+        """The head's logits by field of its output class; `for_loss`: as they are, nothing taken out of the running."""
         raise NotImplementedError
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -85,9 +85,8 @@ class HeadModel(MegatronBertPreTrainedModel):
         layout = self._layout(inputs, given, **kwargs)
         arguments = {"use_cache": False, **kwargs, **inputs, "layout": layout, "unpad": layout is not None}
         outputs = self.bert(**arguments, return_dict=True)
-        labels_given = len(given) > 0
-        predictions = self._predictions(outputs, layout, labels_given, **(predict or {}))
-        loss = self._loss(predictions, given, **kwargs) if labels_given else None
+        predictions = self._predictions(outputs, layout, self._is_for_loss(given, **kwargs), **(predict or {}))
+        loss = self._loss(predictions, given, **kwargs) if given else None
         recorded = {name: outputs.get(name) for name in _RECORDED if hasattr(self.output_class, name)}
         result = self.output_class(loss=loss, **predictions, **recorded)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
@@ -113,6 +112,13 @@ class HeadModel(MegatronBertPreTrainedModel):
         counted = (self._aligned(labels["labels"]) != _IGNORED) & (inputs["attention_mask"] == 0)
         return None if bool(counted.any()) else layout
 
+    def _is_for_loss(
+        self, labels: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+    ) -> bool:
+        """Whether a loss is taken of the logits: here, or by who trains or gives a loss's divisor without labels."""
+        trains = self.training and torch.is_grad_enabled()
+        return len(labels) > 0 or trains or num_items_in_batch is not None
+
     def _aligned(self, labels: Tensor) -> Tensor:
         """(B, S): the labels at the positions that predict them."""
         return labels
@@ -123,9 +129,9 @@ class HeadModel(MegatronBertPreTrainedModel):
             return head(states)
         return layout.unpack_in_blocks(head, layout.pack(states), _LOGITS_BLOCK_TOKENS)
 
-    def _without_padding_rows(self, logits: Tensor, labels_given: bool) -> Tensor:
+    def _without_padding_rows(self, logits: Tensor, for_loss: bool) -> Tensor:
         """Takes the vocabulary's padding rows, where they are known, out of the running for predictions."""
-        if self.num_tokens is None or labels_given:
+        if self.num_tokens is None or for_loss:
             return logits
         if logits.requires_grad and logits._is_view():  # put together from ranks' parts: autograd wants a copy of that
             logits = logits.clone()
@@ -197,9 +203,9 @@ class MegatronBertForMaskedLM(_LanguageModel):
         }
         return self._run(inputs, {"labels": labels}, return_dict, **kwargs)
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
         logits = self._per_token(self.cls, outputs.last_hidden_state, layout)
-        return {"logits": self._without_padding_rows(logits, labels_given)}
+        return {"logits": self._without_padding_rows(logits, for_loss)}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
         return _token_loss(predictions["logits"], labels["labels"], **kwargs)
@@ -261,14 +267,14 @@ class MegatronBertForCausalLM(_LanguageModel, GenerationMixin):
         return F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
 
     def _predictions(
-        self, outputs: Any, layout: PackedLayout | None, labels_given: bool, logits_to_keep: int | Tensor = 0
+        self, outputs: Any, layout: PackedLayout | None, for_loss: bool, logits_to_keep: int | Tensor = 0
     ) -> dict[str, Tensor | None]:
         states = outputs.last_hidden_state
         if isinstance(logits_to_keep, int) and logits_to_keep == 0:
             logits = self._per_token(self.cls, states, layout)
         else:
             logits = self.cls(_kept(states, logits_to_keep))
-        return {"logits": self._without_padding_rows(logits, labels_given)}
+        return {"logits": self._without_padding_rows(logits, for_loss)}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
         logits = predictions["logits"]
@@ -323,11 +329,11 @@ class MegatronBertForPreTraining(_LanguageModel):
         labels_by_name = {"labels": labels, "next_sentence_label": next_sentence_label}
         return self._run(inputs, labels_by_name, return_dict, **kwargs)
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
         logits = self._per_token(self.cls.predictions, outputs.last_hidden_state, layout)
         pair_head = self.cls.seq_relationship
         return {
-            "prediction_logits": self._without_padding_rows(logits, labels_given),
+            "prediction_logits": self._without_padding_rows(logits, for_loss),
             "seq_relationship_logits": None if pair_head is None else pair_head(outputs.pooler_output),
         }
 
@@ -381,7 +387,7 @@ class MegatronBertForNextSentencePrediction(_LabelledModel):
         self.cls = MegatronBertOnlyNSPHead(config)
         self.post_init()
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
         return {"logits": self.cls(outputs.pooler_output)}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -401,7 +407,7 @@ class MegatronBertForSequenceClassification(_LabelledModel):
         self.classifier = Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
         return {"logits": self.classifier(self.dropout(outputs.pooler_output))}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -435,7 +441,7 @@ class MegatronBertForMultipleChoice(_LabelledModel):
         return super()._run(flat, labels, return_dict, {"num_choices": texts.shape[1]}, **kwargs)
 
     def _predictions(
-        self, outputs: Any, layout: PackedLayout | None, labels_given: bool, num_choices: int = 1
+        self, outputs: Any, layout: PackedLayout | None, for_loss: bool, num_choices: int = 1
     ) -> dict[str, Tensor | None]:
         return {"logits": self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)}
 
@@ -458,7 +464,7 @@ class MegatronBertForTokenClassification(_LabelledModel):
         self.classifier = Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
         return {"logits": self._per_token(self.classifier, self.dropout(outputs.last_hidden_state), layout)}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
@@ -468,7 +474,7 @@ class MegatronBertForTokenClassification(_LabelledModel):
 class MegatronBertForQuestionAnswering(HeadModel):
     """Finds an answer in a text: start and end logits, (B, S) each.
 
-    Without labels, padding cannot be an answer's start or end: its logits are the smallest of their type. With labels
+    Padding cannot be an answer's start or end: its logits are the smallest of their type. With labels, and in training,
     a batch is run padded, since Transformers' loss counts the logits at padding.
     """
 
@@ -513,9 +519,9 @@ class MegatronBertForQuestionAnswering(HeadModel):
     def _layout(
         self, inputs: dict[str, Any], labels: dict[str, Tensor], unpad: bool = True, **kwargs: Any
     ) -> PackedLayout | None:
-        return super()._layout(inputs, labels, unpad and not labels, **kwargs)
+        return super()._layout(inputs, labels, unpad and not self._is_for_loss(labels, **kwargs), **kwargs)
 
-    def _predictions(self, outputs: Any, layout: PackedLayout | None, labels_given: bool) -> dict[str, Tensor | None]:
+    def _predictions(self, outputs: Any, layout: PackedLayout | None, for_loss: bool) -> dict[str, Tensor | None]:
         logits = self._per_token(self.qa_outputs, outputs.last_hidden_state, layout)
         if layout is not None:
             real = layout.unpack(torch.ones_like(logits[:1, :1, :1]).expand(1, sum(layout.lengths), 1))
