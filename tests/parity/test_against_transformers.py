@@ -295,6 +295,18 @@ def test_problem_types(kind):
     assert theirs.config.problem_type == ours.config.problem_type
 
 
+def test_another_classifier_is_put_in():
+    """The usual two lines; the configuration still has the old number."""
+    name = "MegatronBertForSequenceClassification"
+    theirs, ours = pair(name)
+    for model in (theirs, ours):
+        torch.manual_seed(8)
+        model.classifier, model.num_labels = torch.nn.Linear(SHAPE["hidden_size"], 7), 7
+    inputs, labels = inputs_for(name, "right"), torch.tensor([0, 6, 5, 1])
+    assert_same_outputs(theirs(**inputs, labels=labels), ours(**inputs, labels=labels))
+    assert ours.config.to_dict() == theirs.config.to_dict()
+
+
 def test_a_loss_of_ones_own_counts_padding_as_it_does_there():
     """Spans' logits in training, without positions given."""
     theirs, ours = (model.train() for model in pair("MegatronBertForQuestionAnswering"))

@@ -3,6 +3,7 @@
 B batch, S sequence, D hidden, V vocabulary, L labels.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -411,7 +412,14 @@ class MegatronBertForSequenceClassification(_LabelledModel):
         return {"logits": self.classifier(self.dropout(outputs.pooler_output))}
 
     def _loss(self, predictions: dict[str, Any], labels: dict[str, Tensor], **kwargs: Any) -> Tensor:
-        return self.loss_function(labels=labels["labels"], pooled_logits=predictions["logits"], config=self.config)
+        given: dict[str, Any] = {"labels": labels["labels"], "pooled_logits": predictions["logits"]}
+        if self.num_labels == self.config.num_labels:
+            return self.loss_function(**given, config=self.config)
+        config = copy.copy(self.config)  # another classifier was put in: the model's number is what counts
+        config.num_labels = self.num_labels  # type: ignore[assignment]
+        loss: Tensor = self.loss_function(**given, config=config)
+        self.config.problem_type = config.problem_type
+        return loss
 
 
 class MegatronBertForMultipleChoice(_LabelledModel):
