@@ -295,6 +295,15 @@ def test_problem_types(kind):
     assert theirs.config.problem_type == ours.config.problem_type
 
 
+def test_logits_of_one_position():
+    theirs, ours = pair("MegatronBertForCausalLM")
+    inputs, place = inputs_for("MegatronBertForCausalLM"), torch.tensor(3)
+    with torch.no_grad():
+        expected, found = (model(**inputs, logits_to_keep=place).logits for model in (theirs, ours))
+    assert expected.shape == found.shape
+    assert_close(expected, found, "logits")
+
+
 def test_another_classifier_is_put_in():
     """The usual two lines; the configuration still has the old number."""
     name = "MegatronBertForSequenceClassification"

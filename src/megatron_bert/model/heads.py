@@ -552,10 +552,10 @@ def _token_loss(
 
 
 def _kept(states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The states at the last positions, at given positions, or under a boolean (B, S) mask."""
+    """The states at the last positions, at a given position or positions, or under a boolean (B, S) mask."""
     if isinstance(logits_to_keep, int):
         return states[:, -logits_to_keep:]
-    if logits_to_keep.ndim == 1:
+    if logits_to_keep.ndim < 2:
         return states[:, logits_to_keep]
     if logits_to_keep.dtype == torch.bool:
         return states[logits_to_keep]
