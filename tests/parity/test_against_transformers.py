@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import transformers
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from megatron_bert import model as ours_module
 
@@ -186,6 +187,18 @@ def test_inputs_embeds(name, padding):
     shape = inputs.pop("input_ids").shape
     inputs["inputs_embeds"] = torch.randn(*shape, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(3))
     compare(name, inputs)
+
+
+def test_noise_on_the_words_is_as_loud_as_there():
+    """NEFTune's, a hook of Transformers that divides by the square root of the batch's length."""
+    found = []
+    for model in pair("MegatronBertForMaskedLM"):
+        words = model.train().get_input_embeddings()
+        words.neftune_noise_alpha = 5.0
+        words.register_forward_hook(neftune_post_forward_hook)
+        torch.manual_seed(9)
+        found.append(model(**inputs_for("MegatronBertForMaskedLM", "right")).logits[0])
+    assert_close(*found, "logits")
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -196,6 +196,10 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
 
         if token_type_ids is not None:
             token_type_ids = token_type_ids.expand(batch_shape)
+        words = self.embeddings.word_embeddings
+        if layout is not None and input_ids is not None and words._forward_hooks:
+            # Hooks on the words see the batch as it was given: the noise of Trainer's NEFTune goes by its length.
+            input_ids, inputs_embeds = None, words(input_ids)
         embedded = (input_ids, token_type_ids, position_ids.expand(batch_shape), inputs_embeds)
         if layout is not None:
             embeddings = self.embeddings(*(None if states is None else layout.pack(states) for states in embedded))
