@@ -262,6 +262,14 @@ def test_token_types_of_fewer_dimensions(types):
     compare("MegatronBertModel", {**inputs_for("MegatronBertModel", "right"), "token_type_ids": types})
 
 
+@pytest.mark.parametrize("shape", [(SEQUENCE,), (1, SEQUENCE), (BATCH, SEQUENCE)])
+def test_types_and_positions_of_all_choices(shape):
+    inputs = inputs_for("MegatronBertForMultipleChoice", "right")
+    inputs["token_type_ids"] = (torch.arange(SEQUENCE) // 7).expand(shape)
+    inputs["position_ids"] = torch.arange(3, SEQUENCE + 3).expand(shape)
+    compare("MegatronBertForMultipleChoice", inputs)
+
+
 def test_embeddings_by_themselves():
     ids = inputs_for("MegatronBertModel")["input_ids"]
     theirs, ours = (model.embeddings(ids) for model in pair("MegatronBertModel"))

@@ -445,7 +445,9 @@ class MegatronBertForMultipleChoice(_LabelledModel):
         texts = inputs["input_ids"] if inputs["input_ids"] is not None else inputs["inputs_embeds"]
         if texts is None:
             raise ValueError("give either input_ids or inputs_embeds, and not both")
-        flat = {name: value.flatten(0, 1) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        # Of fewer dimensions are what holds for all texts, such as positions (S,).
+        nested = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 2}
+        flat = {name: value.flatten(0, 1) if name in nested else value for name, value in inputs.items()}
         return super()._run(flat, labels, return_dict, {"num_choices": texts.shape[1]}, **kwargs)
 
     def _predictions(
