@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -35,12 +36,12 @@ from megatron_bert.training.streams import random_streams, set_random_streams, s
 from tests.unit.test_training_parts import CPU, batch, tiny_model
 
 
-def fresh_state(dropout: float = 0.1) -> TrainState:
+def fresh_state(dropout: float = 0.1, kind: Literal["adamw", "muon"] = "adamw") -> TrainState:
     model = tiny_model()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-    return TrainState(model, build_optimizer(model, OptimizerSection(learning_rate=1e-2)), CPU)
+    return TrainState(model, build_optimizer(model, OptimizerSection(kind=kind, learning_rate=1e-2)), CPU)
 
 
 def step(state: TrainState) -> float:
@@ -70,8 +71,9 @@ def assert_same(one: TrainState, other: TrainState) -> None:
     assert one.window.as_dict()["sums"] == other.window.as_dict()["sums"]
 
 
-def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    whole = fresh_state()
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_restored_run_goes_on_bit_for_bit(kind: Literal["adamw", "muon"], tmp_path: Path) -> None:
+    whole = fresh_state(kind=kind)
     for _ in range(3):
         step(whole)
     whole.position, whole.skipped, whole.validation = (
@@ -81,7 +83,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     )
     checkpoint = saved(whole, tmp_path)
     wanted = [step(whole) for _ in range(3)] + [random.random(), np.random.random(), torch.rand(1).item()]
-    other = fresh_state()
+    other = fresh_state(kind=kind)
     torch.manual_seed(99)
     random.seed(99)
     np.random.seed(99)

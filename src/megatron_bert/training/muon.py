@@ -68,6 +68,12 @@ class Muon(torch.optim.AdamW):
         groups = [{"params": list(matrices), "weight_decay": weight_decay, "momentum": momentum}, *others]
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called whenever a state is loaded. AdamW's looks for the count of steps, which matrices do not have."""
+        groups = state["param_groups"]
+        super().__setstate__({**state, "param_groups": groups[1:]})  # type: ignore[no-untyped-call]
+        self.param_groups = groups
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step of both; there is no closure."""
