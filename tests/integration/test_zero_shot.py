@@ -1,5 +1,6 @@
 """evaluate wikitext103 and lambada: against Transformers' own class, token by token."""
 
+import gzip
 import json
 import math
 
@@ -63,6 +64,16 @@ def test_lambada_is_that_of_transformers(capsys, models, files, kind):
     found = evaluate(capsys, "lambada", models[kind], files / "raw.txt", "--batch-tokens", 16)
     assert (found["correct"], found["passages"], found["model"], found["variant"]) == (hits, 3, kind, "raw")
     assert found["log_likelihood"] == pytest.approx(total, rel=1e-5)
+
+
+def test_compressed_passages_are_of_the_same_variant(capsys, models, files):
+    (files / "x.jsonl").write_text("".join(json.dumps({"text": passage}) + "\n" for passage in PASSAGES))
+    (files / "x.jsonl.gz").write_bytes(gzip.compress((files / "x.jsonl").read_bytes()))
+    plain, compressed = (
+        evaluate(capsys, "lambada", models["causal"], files / name) for name in ("x.jsonl", "x.jsonl.gz")
+    )
+    assert compressed == plain
+    assert compressed["variant"] == "detokenised"
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.errors import UserError
-from megatron_bert.tasks.reading import read_text
+from megatron_bert.tasks.reading import read_text, suffix_of
 from megatron_bert.tasks.scoring import Request, Score, TokenScorer
 
 __all__ = ["Lambada"]
@@ -28,7 +28,7 @@ class Lambada:
 
     def __init__(self, file: Path, scorer: TokenScorer) -> None:
         self._scorer = scorer
-        self.variant = "detokenised" if file.suffix == ".jsonl" else "raw"
+        self.variant = "detokenised" if suffix_of(file) == ".jsonl" else "raw"
         self.settings = {"variant": self.variant}
         passages = _passages(file, self.variant)
         parted = [_context_and_word(passage, where) for passage, where in passages]

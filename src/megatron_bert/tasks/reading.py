@@ -12,7 +12,9 @@ from typing import Any
 
 from megatron_bert.errors import UserError
 
-__all__ = ["json_lines", "lines", "read_text"]
+__all__ = ["json_lines", "lines", "read_text", "suffix_of"]
+
+_COMPRESSED = (".gz", ".xz")
 
 
 def read_text(file: Path) -> str:
@@ -28,6 +30,11 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         line = contents[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {line}: not UTF-8 (0x{contents[error.start]:02x})") from error
+
+
+def suffix_of(file: Path) -> str:
+    """The suffix that says the format: ".jsonl" of "dev.jsonl.xz"."""
+    return next((suffix for suffix in reversed(file.suffixes) if suffix not in _COMPRESSED), "")
 
 
 def lines(file: Path) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.errors import UserError
-from megatron_bert.tasks.reading import json_lines, lines, read_text
+from megatron_bert.tasks.reading import json_lines, lines, read_text, suffix_of
 
 __all__ = ["Fields", "table_rows"]
 
@@ -18,7 +18,6 @@ __all__ = ["Fields", "table_rows"]
 Fields = dict[str | None, Any]
 
 _JSON = {".jsonl", ".json", ".ndjson"}
-_COMPRESSED = {".gz", ".xz"}
 
 
 def table_rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[Fields, str]]:
@@ -30,7 +29,7 @@ def table_rows(path: Path, header: Sequence[str] = ()) -> Iterator[tuple[Fields,
     Raises:
         UserError: a file that cannot be read, or a line that is not of its format.
     """
-    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix not in _COMPRESSED), "")
+    suffix = suffix_of(path)
     if suffix in _JSON:
         yield from json_lines(path)  # type: ignore[misc]
         return
