@@ -5,6 +5,7 @@ Every 35th question of SQuAD's dev sets; ALL_QUESTIONS=1 takes all, and --junitx
 
 import itertools
 import json
+import lzma
 import os
 
 import numpy as np
@@ -116,6 +117,13 @@ def test_misplaced_answers_are_listed(tmp_path):
     wrong = {**OWN, "answers": [{"text": "queen", "answer_start": 8}]}
     [found] = misplaced(read(write(tmp_path, [OWN, wrong])))
     assert found.where.endswith("own.jsonl, line 2")
+
+
+def test_compressed_files(tmp_path):
+    [wanted] = read(write(tmp_path, [OWN]))
+    (tmp_path / "own.jsonl.xz").write_bytes(lzma.compress((tmp_path / "own.jsonl").read_bytes()))
+    [found] = read(tmp_path / "own.jsonl.xz")
+    assert (found.question, found.context, found.answers) == (wanted.question, wanted.context, wanted.answers)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Words to pieces and back, against the tokenizer's own word numbers; files read whole; bad files."""
 
+import gzip
 import json
+import lzma
 
 import pytest
 import transformers
@@ -73,6 +75,16 @@ def test_real_files(name, sentences):
 def test_bad_files(tmp_path, text, name, message):
     with pytest.raises(UserError, match=message):
         read(write(tmp_path, text, name))
+
+
+def test_compressed_files_and_carriage_returns(tmp_path):
+    text = "\ufeffa O\nb B-X\n\nc O\n"
+    wanted = [(one.words, one.tags) for one in read(write(tmp_path, text))]
+    assert wanted == [(("a", "b"), ("O", "B-X")), (("c",), ("O",))]
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(text.replace("\n", "\r\n").encode()))
+    assert [(one.words, one.tags) for one in read(tmp_path / "x.txt.gz")] == wanted
+    (tmp_path / "x.json.xz").write_bytes(lzma.compress(b'{"words": ["c"], "tags": ["O"]}\r\n'))
+    assert [(one.words, one.tags) for one in read(tmp_path / "x.json.xz")] == wanted[1:]
 
 
 def test_an_unknown_label_is_named(tmp_path):

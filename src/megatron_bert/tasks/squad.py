@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_bert.errors import UserError
+from megatron_bert.tasks.reading import read_text, suffix_of
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,8 @@ def read(path: Path) -> list[Question]:
     Raises:
         UserError: the file is empty, not JSON, or an entry lacks a field; the message has the line or the entry.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    questions = list(_of_lines(text, path) if path.suffix == ".jsonl" else _of_tree(text, path))
+    text = read_text(path)
+    questions = list(_of_lines(text, path) if suffix_of(path) == ".jsonl" else _of_tree(text, path))
     if not questions:
         raise UserError(f"{path} is empty: it holds no question")
     first: dict[str, str] = {}

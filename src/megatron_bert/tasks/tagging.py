@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bert.errors import UserError
+from megatron_bert.tasks.reading import read_text, suffix_of
 
 IGNORED = -100  # the label of tokens that have none (torch's cross-entropy leaves them out)
 
@@ -44,11 +45,8 @@ def read(path: Path) -> list[Sentence]:
     Raises:
         UserError: the file is empty, or a line is not of its format.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    is_json = path.suffix in {".json", ".jsonl"}
+    text = read_text(path)
+    is_json = suffix_of(path) in {".json", ".jsonl"}
     sentences = list(_of_json(text, path) if is_json else _of_columns(text, path))
     if not sentences:
         raise UserError(f"{path} is empty: it holds no sentence")
