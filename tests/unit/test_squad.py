@@ -113,6 +113,14 @@ def test_decoding_is_the_best_of_all_spans(tmp_path):
         assert found.null_score == pytest.approx(starts[0] + ends[0] - starts[best[0] + 4] - ends[best[1] + 4])
 
 
+def test_an_empty_passage_has_no_answer(tmp_path):
+    examples = read(write(tmp_path, [{**OWN, "context": " ", "answers": []}]))
+    windows = features(examples, TINY, WindowOptions())
+    zeros = np.zeros(len(windows[0].input_ids))
+    [found] = decode(examples, windows, [zeros], [zeros]).values()
+    assert (found.text, found.n_best) == ("", ())
+
+
 def test_misplaced_answers_are_listed(tmp_path):
     wrong = {**OWN, "answers": [{"text": "queen", "answer_start": 8}]}
     [found] = misplaced(read(write(tmp_path, [OWN, wrong])))
@@ -131,6 +139,8 @@ def test_compressed_files(tmp_path):
     [
         ([], "own.jsonl is empty"),
         ([OWN, {"question": "who?"}], "line 2: .*are needed"),
+        ([OWN, {**OWN, "context": None}], "line 2: .*are needed: 'context' is not a text"),
+        ([{**OWN, "question": ["who?"]}], "line 1: .*are needed: 'question' is not a text"),
         ([{**OWN, "id": 1}, {**OWN, "id": 1}], "line 2: id '1' is also that of .*line 1"),
     ],
 )

@@ -157,6 +157,8 @@ def _best_spans(
 ) -> list[tuple[float, int, int]]:
     """Sum of logits, first and last + 1 character of the best spans that lie in the passage."""
     begin, size = window.passage_start, len(window.offsets)
+    if not size:  # an empty passage
+        return []
     first, last = (np.asarray(logits[begin : begin + size], dtype=np.float64) for logits in (starts, ends))
     first_best = np.argsort(-np.where(window.widest, first, -np.inf), kind="stable")[:n_best]
     first_best = first_best[np.asarray(window.widest)[first_best]]
@@ -265,6 +267,9 @@ def _question(entry: Any, where: str, number: int) -> Question:
         else:
             pairs = ((answer["text"], answer["answer_start"]) for answer in listed)  # type: ignore[assignment]
         answers = tuple(Answer(str(text), int(start)) for text, start in pairs)
+        for key in ("question", "context"):
+            if not isinstance(entry[key], str):
+                raise TypeError(f"{key!r} is not a text")
         return Question(str(entry.get("id", number)), entry["question"], entry["context"], answers, where)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
