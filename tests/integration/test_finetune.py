@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tools.kill_and_resume import compare
 from torch.nn import functional
 
@@ -328,6 +328,29 @@ def test_evaluating_what_does_not_fit(folder: Path, tagger: Path, capsys: pytest
     ):
         assert main(["evaluate", task, "--model", str(model), "--data", str(folder / data)]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_evaluating_a_head_of_other_outputs_or_no_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "sst2.tsv").write_text("sentence\tlabel\nthe city\t1\n")
+    (folder / "stsb.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "score": 1.5}\n')
+    kind = transformers.MegatronBertForSequenceClassification
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    for name, options in (("labels", labels), ("number", {"num_labels": 1, "problem_type": "regression"})):
+        kind.from_pretrained(folder / "start", **options).save_pretrained(folder / name)
+        shutil.copy(folder / "start/tokenizer.json", folder / name)
+    damaged = load_file(folder / "labels/model.safetensors")
+    damaged["bert.encoder.ln.bias"][3] = float("nan")
+    shutil.copytree(folder / "labels", folder / "nan")
+    save_file(damaged, folder / "nan/model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    for task, model, data, message in (
+        ("stsb", "labels", "stsb.jsonl", "its head of 2 outputs is none for the numbers of stsb"),
+        ("sst2", "number", "sst2.tsv", "its head of 1 outputs is none for the labels of sst2"),
+        ("sst2", "nan", "sst2.tsv", "the model's scores are not numbers in "),
+    ):
+        assert main(["evaluate", task, "--model", str(folder / model), "--data", str(folder / data)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(["evaluate", "sst2", "--model", str(folder / "labels"), "--data", str(folder / "sst2.tsv")]) == 0
 
 
 def test_misplaced_answers_are_counted_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def scores_are_no_numbers(dtype: torch.dtype) -> str:
+    """What is said of a model whose outputs are infinite or NaN."""
+    kind = str(dtype).removeprefix("torch.")
+    return f"the model's scores are not numbers in {kind}: try --dtype float32; if it stays so, the weights are damaged"
+
+
 def default_batch_tokens(device: torch.device) -> int:
     """Tokens to predict together: as many as keep the device busy while the host launches the next ones."""
     return 32768 if device.type == "cuda" else 8192

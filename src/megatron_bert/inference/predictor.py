@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_bert.errors import UserError
-from megatron_bert.inference.device import default_batch_tokens
+from megatron_bert.inference.device import default_batch_tokens, scores_are_no_numbers
 from megatron_bert.inference.graphs import BatchGraphs, StaticBatch
 from megatron_bert.inference.texts import MaskedText
 from megatron_bert.inference.vocabulary import most_probable
@@ -108,10 +108,7 @@ class MaskPredictor:
     def _answered(self, indices: list[int], queued: _Queued) -> tuple[list[int], list[Candidates]]:
         scores, tokens = queued.fetched()
         if not scores.isfinite().all():
-            raise UserError(
-                f"the model's scores are not numbers in {str(self.model.dtype).removeprefix('torch.')}: "
-                "try --dtype float32; if it stays so, the weights are damaged"
-            )
+            raise UserError(scores_are_no_numbers(self.model.dtype))
         parts = zip(*(torch.split(result, queued.num_masks) for result in (scores, tokens)), strict=True)
         return indices, [Candidates(*(part.tolist() for part in both)) for both in parts]
 

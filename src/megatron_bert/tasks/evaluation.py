@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_bert.checkpoint.load import load_model, model_folder
+import numpy as np
+
+from megatron_bert.checkpoint.load import check_model, load_model, model_folder
 from megatron_bert.data.collation import Batch
 from megatron_bert.data.files import written_aside
 from megatron_bert.data.labelled import LabelledTexts, collate_labelled
 from megatron_bert.data.samples import SampleKey, SamplePlan
 from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.errors import UserError
-from megatron_bert.inference.device import choose_device, choose_dtype
+from megatron_bert.inference.device import choose_device, choose_dtype, scores_are_no_numbers
 from megatron_bert.tasks.confusion import draw_confusion
 from megatron_bert.tasks.finetune import TASK_FILE
 from megatron_bert.tasks.network import HEAD_MODULES, labels_of_head
@@ -48,14 +50,15 @@ def evaluate_task(
         picture: gets a confusion matrix of single labels.
 
     Raises:
-        UserError: the file cannot be used, the model has no head for the task, the file has labels that it lacks, or
-            there is nothing to draw.
+        UserError: the file cannot be used, the model has no head for the task, the file has labels that it lacks, its
+            outputs are not numbers, or there is nothing to draw.
     """
     on, folder = choose_device(device), model_folder(model)
     task, max_length = _task(name, folder)
     labels = labels_of_head(folder, task.head)
     if labels is None:
         raise UserError(f"{model} has no head for {name} ({HEADS[task.head].__name__}): fine-tune it first")
+    _check_outputs(task, name, folder, labels)
     making = Making(load_tokenizer(folder), max_length, labels or task.labels([]))
     examples = task.read(data)
     rows = task.rows(examples, making)
@@ -65,6 +68,8 @@ def evaluate_task(
     pad_id, num_outputs = making.tokenizer.pad_token_id or 0, network.config.num_labels
     batches = _by_length(LabelledTexts(rows), task, num_outputs, pad_id, batch_tokens)
     outputs, _ = outputs_of(objective, batches)
+    if not all(np.isfinite(output).all() for output in outputs):
+        raise UserError(scores_are_no_numbers(network.dtype))
     predictions = task.predictions(examples, rows, outputs, making)
     if output is not None:
         with written_aside(output) as aside, aside.open("w", encoding="utf-8") as stream:
@@ -73,6 +78,14 @@ def evaluate_task(
     if picture is not None:
         draw_confusion(task.confused(examples, predictions), making.labels, picture)
     return task.scores(examples, predictions)
+
+
+def _check_outputs(task: Task[Any, Any], name: str, folder: Path, labels: Sequence[str]) -> None:
+    """Raises `UserError` for a head of labels where the task has numbers, and the other way round."""
+    is_number, num_outputs = task.problem() == "regression", check_model(folder).num_labels
+    if task.head == "sequence" and num_outputs != (1 if is_number else len(labels)):
+        what = "numbers" if is_number else "labels"
+        raise UserError(f"{folder}: its head of {num_outputs} outputs is none for the {what} of {name}; fine-tune it")
 
 
 def _task(name: str, folder: Path) -> tuple[Task[Any, Any], int]:

@@ -17,7 +17,7 @@ from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model, load_model
 from megatron_bert.data.tokenization import MegatronBertTokenizer, load_tokenizer
 from megatron_bert.errors import UserError
-from megatron_bert.inference.device import choose_device, choose_dtype
+from megatron_bert.inference.device import choose_device, choose_dtype, scores_are_no_numbers
 from megatron_bert.model import MegatronBertForCausalLM, MegatronBertForMaskedLM
 
 __all__ = ["Request", "Score", "TokenScorer", "load_scorer"]
@@ -114,8 +114,7 @@ class TokenScorer:
             end = at + len(request.targets)
             total = sum(values[at:end])
             if not abs(total) < float("inf"):
-                kind = str(self.model.dtype).removeprefix("torch.")
-                raise UserError(f"the model's scores are not numbers in {kind}: try --dtype float32")
+                raise UserError(scores_are_no_numbers(self.model.dtype))
             scores.append(Score(total, tuple(best[at:end])))
             at = end
         return scores
