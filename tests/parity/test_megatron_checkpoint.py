@@ -197,6 +197,23 @@ def test_nvidias_zip_file_says_no_heads(core: Core, tmp_path: Path, capsys: pyte
     check(converted(file, tmp_path / "file", "--heads", str(HEADS)), core)
 
 
+def test_of_several_steps_in_a_zip_file_it_is_the_newest(
+    core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the folder with `latest_checkpointed_iteration.txt` has it, which need not be the last one in the file."""
+    other = {**core.weights, "pooler.dense.bias": core.weights["pooler.dense.bias"] + 1}
+    with zipfile.ZipFile(tmp_path / "bert.zip", "w") as archive:
+        for step, weights in ((500, core.weights), (1000, other)):
+            save(tmp_path / "run" / f"iter_{step:07d}", [weights], args=arguments(), iteration=step)
+            name = f"iter_{step:07d}/mp_rank_00/model_optim_rng.pt"
+            archive.write(tmp_path / "run" / name, f"./bert/{name}")
+    assert main(["convert", str(tmp_path / "bert.zip"), str(tmp_path / "model")]) == 2
+    assert "holds bert/iter_0000500, bert/iter_0001000, and no latest_" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "bert.zip", "a") as archive:
+        archive.writestr("./bert/latest_checkpointed_iteration.txt", "500\n")
+    check(converted(tmp_path / "bert.zip", tmp_path), core)
+
+
 def test_stages_of_a_pipeline(core: Core, tmp_path: Path) -> None:
     """The first has the embeddings, the last the heads and the tied weight again; each numbers its layers from 0."""
     stages: list[Weights] = [{}, {}]

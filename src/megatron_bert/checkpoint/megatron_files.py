@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from megatron_bert.errors import UserError
 __all__ = ["ranks_of_checkpoint", "read_rank"]
 
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
+_TRACKER = "latest_checkpointed_iteration.txt"
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _MOST_KINDS = 64  # of objects beside the weights: arguments, random states
 
@@ -43,7 +44,7 @@ def ranks_of_checkpoint(source: Path) -> Iterator[list[list[Path]] | None]:
     """
     if source.is_file() and zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
-            names = [name for name in archive.namelist() if name.rpartition("/")[2] in _FILES]
+            names = _of_one_step(archive, source)
             if names:
                 with tempfile.TemporaryDirectory() as folder:
                     yield _ranks([Path(archive.extract(name, folder)) for name in names], source)
@@ -60,14 +61,36 @@ def ranks_of_checkpoint(source: Path) -> Iterator[list[list[Path]] | None]:
 
 def _step_folder(source: Path) -> Path:
     """The folder of the newest step, where `source` has steps."""
-    tracker = source / "latest_checkpointed_iteration.txt"
+    tracker = source / _TRACKER
     if tracker.is_file():
         step = tracker.read_text(encoding="utf-8").strip()
-        name = f"iter_{int(step):07d}" if step.isdecimal() else step
+        name = _step_name(step)
         if not (source / name).is_dir():
             raise UserError(f"{tracker} names {step!r}, and there is no {source / name}")
         return source / name
     return source / "release" if (source / "release").is_dir() else source
+
+
+def _of_one_step(archive: zipfile.ZipFile, source: Path) -> list[str]:
+    """The names of the ranks' files in a zip file; where it has several steps, of the newest."""
+    files = {name: PurePosixPath(name) for name in archive.namelist()}
+    step_of = {name: file.parent.parent for name, file in files.items() if file.name in _FILES}
+    steps = {*step_of.values()}
+    if len(steps) < 2:
+        return list(step_of)
+    newest = {
+        file.parent / _step_name(archive.read(name).decode(errors="replace").strip())
+        for name, file in files.items()
+        if file.name == _TRACKER
+    }
+    if len(newest) != 1 or not newest <= steps:
+        there = ", ".join(sorted(map(str, steps)))
+        raise UserError(f"{source} holds {there}, and no {_TRACKER} that names one of them: unpack it, and name one")
+    return [name for name, step in step_of.items() if step in newest]
+
+
+def _step_name(step: str) -> str:
+    return f"iter_{int(step):07d}" if step.isdecimal() else step
 
 
 def _ranks(files: list[Path], source: Path) -> list[list[Path]]:
