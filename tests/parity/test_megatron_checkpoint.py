@@ -322,6 +322,8 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
         torch.save({"model": Evil(function, (f"touch {folder / 'run'}",))}, file)
         yield file, said
         assert not (folder / "run").exists()
+    yield save(folder / "one", two[:1], args=arguments()), "a whole model's would be"
+    yield save(folder / "bare", [{}]), "it has no layer norm"
     (folder / "dist").mkdir()
     (folder / "dist" / "__0_0.distcp").touch()
     yield folder / "dist", "--ckpt-format torch"

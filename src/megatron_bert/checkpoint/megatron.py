@@ -251,10 +251,10 @@ def _num_heads(first: Mapping[str, Any], degree: int, heads: int | None) -> int:
     if found and heads and heads != found:
         raise UserError(f"it has {found} attention heads, not {heads}")
     if not found and not heads:
-        norms = (weight for name, weight in _flat(first["model"]) if name.endswith("layernorm.weight"))
-        if (norm := next(norms, None)) is None:
-            raise UserError("it is no BERT of Megatron-LM's: no weight of it is a norm's (layernorm.weight)")
-        found = norm.shape[-1] // _HEAD_DIMENSION
+        norms = [weight for name, weight in _flat(first["model"]) if name.endswith("layernorm.weight")]
+        if not norms:
+            raise UserError("it is no BERT of Megatron-LM's: it has no layer norm")
+        found = norms[0].shape[-1] // _HEAD_DIMENSION
         log.warning("the checkpoint does not say how many heads it has: %d of %d features each are taken (--heads)",
                     found, _HEAD_DIMENSION)  # fmt: skip
     number = found or heads or 0

@@ -194,6 +194,7 @@ def convert_megatron(
     # A model without heads is the body, whose names begin so in the others.
     prefix = f"{network.base_model_prefix}." if network.base_model is network else ""
     weights = {name.removeprefix(prefix): weight for name, weight in found.weights.items()}
+    _check_shapes(weights, network.state_dict(), source)
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if found.config.tie_word_embeddings:
         missing = [name for name in missing if not name.startswith("cls.predictions.decoder.")]
@@ -202,6 +203,16 @@ def convert_megatron(
         raise UserError(f"{source} is no whole {found.model_class.__name__}: {wrong[0]} is {what}")
     write_model_folder(network, loaded, folder)
     return found.steps
+
+
+def _check_shapes(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Path) -> None:
+    """Of a checkpoint that does not say by how many ranks it was saved, this is what tells one of several."""
+    for name, weight in weights.items():
+        if name in wanted and weight.shape != wanted[name].shape:
+            raise UserError(
+                f"{source}: {name} is {list(weight.shape)}, and a whole model's would be {list(wanted[name].shape)}; "
+                "are all tensor-parallel ranks there?"
+            )
 
 
 def _check_destination(folder: Path, run: Path, *, overwrite: bool) -> None:
