@@ -73,7 +73,7 @@ def features(sentences: Sequence[Sentence], tokenizer: Any, labels: Sequence[str
     for number, sentence in enumerate(sentences):
         for tag, where in zip(sentence.tags, sentence.wheres, strict=True):
             if tag not in ids:
-                raise UserError(f"{where}: label {tag!r} is not one of the training file's: {', '.join(labels)}")
+                raise UserError(f"{where}: label {tag!r} is not one of: {', '.join(labels)}")
         encoded = tokenizer(list(sentence.words), add_special_tokens=False, verbose=False)["input_ids"]
         pieces = [(word or [tokenizer.unk_token_id])[: max_length - 2] for word in encoded]
         for begin, end in _cuts([len(word) for word in pieces], max_length - 2):
