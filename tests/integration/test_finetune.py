@@ -268,7 +268,7 @@ def test_lora(folder: Path) -> None:
     [
         ("ner", "train", "", "is empty"),
         ("ner", "train", "paris\n", "line 1: a word and its tag are expected"),
-        ("ner", "validation", "paris B-LOC\nlondon B-TOWN\n", "line 2: label 'B-TOWN' is not one of the training"),
+        ("ner", "validation", "paris B-LOC\nlondon B-TOWN\n", "line 2: label 'B-TOWN' is not one of: O, "),
         ("classify", "train", "words,kind\nthe,loc\n", "columns text, label are needed"),
         ("classify", "train", "text,label\nthe,loc\nold,loc\n", "has the one label loc: there is nothing to tell"),
         ("classify", "validation", "text,label\nthe,loc\nold,town\n", "line 3"),
