@@ -32,7 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4
-LOSSES_RATE = 2e-5  # without warm-up: at 1e-4 the loss of any layout leaps, and leaps differ
+LEARNING_RATE = 2e-5  # without warm-up: at 1e-4 the loss of any layout leaps, and leaps differ
 PAPER = {1: 1.0, 2: 0.95, 4: 0.82, 8: 0.77}
 ON_A100 = {1: 1.0, 2: 0.917, 4: 0.845, 8: 0.747}
 
@@ -250,7 +250,7 @@ def _measured(case: Case, args: argparse.Namespace, device: Any) -> dict[str, An
         initialize(network, seed=1)
     else:
         _fill(network)
-    optimizer = build_optimizer(network, OptimizerSection(learning_rate=LOSSES_RATE))
+    optimizer = build_optimizer(network, OptimizerSection(learning_rate=LEARNING_RATE))
 
     def steps(number: int) -> list[float]:
         losses = []
@@ -390,13 +390,14 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 
 
 def _layout_name(row: dict[str, Any]) -> str:
+    from megatron_bert.planning.layout import Layout
+
     parts = [f"tensor {row['tensor']}"] if row["tensor"] > 1 else []
     data = row["gpus"] // row["tensor"]
     shard = row["shard"] or data
-    groups = f"sharded {shard}" + (f" x {data // shard}" if shard < data else "")
-    parts += [f"replicated {data}" if shard == 1 else groups] if data > 1 else []
+    layout = Layout(row["tensor"], shard, data // shard, keep_layers=row["keeps_layers"])
+    parts += [layout.data_parallelism()] if data > 1 else []
     parts += [name for key, name in (("sequence_parallel", "sequence"), ("overlap", "overlap")) if row[key]]
-    parts += ["kept"] if row["keeps_layers"] else []
     parts += [f"{row['passes']} passes"] if row["passes"] > 1 else []
     parts += ["recomputed"] if row["recompute"] == "full" else []
     return ", ".join(parts) or "alone"
