@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_bert.errors import UserError
 
-__all__ = ["check_overlap", "gathered_product", "scattered_product"]
+__all__ = ["check_overlap", "gathered_product", "scattered_product", "summed"]
 
 
 def check_overlap(mesh: DeviceMesh) -> None:
@@ -60,17 +60,17 @@ class _Mailbox:
 
     Attributes:
         slots: (degree, t, features), this rank's: the one at n is written by the rank n.
+        after: the other ranks, to whom this one sends in this order.
+        before: the other ranks, whose tokens arrive in this order.
     """
 
     def __init__(self, group: dist.ProcessGroup, like: Tensor, shape: Sequence[int]) -> None:
         self.degree, self.rank = group.size(), group.rank()
         self.slots = symmetric_memory.empty(self.degree, *shape, dtype=like.dtype, device=like.device)
         self._memory = symmetric_memory.rendezvous(self.slots, group)
+        others = range(1, self.degree)
+        self.after, self.before = ([(self.rank + sign * n) % self.degree for n in others] for sign in (1, -1))
         self._side = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
-
-    def away(self, steps: int) -> int:
-        """The rank so many after this one, or before it."""
-        return (self.rank + steps) % self.degree
 
     @contextmanager
     def beside(self, event: torch.cuda.Event) -> Iterator[None]:
@@ -145,61 +145,49 @@ def _mailbox(kind: str, group: str, like: Tensor, shape: Sequence[int]) -> _Mail
 # --- the operators; a tensor of all ranks' tokens is seen as (degree, t, features) within
 
 
-@torch.library.custom_op("megatron_bert::gather_multiply", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("megatron_bert::gather_and_multiply", mutates_args=(), device_types="cuda")
 def gather_multiply(states: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    """All ranks' states times the weight (T, N), and the other ranks' states (degree - 1, t, K)."""
+    """All ranks' states times the weight (T, N), and the states (T, K)."""
     states = states.contiguous()
     box = _mailbox("gather", group, states, states.shape)
-    begun = _now()
-    product = states.new_empty(box.degree, len(states), len(weight))
-    torch.mm(states, weight.mT, out=product[box.rank])
-    begun = _multiply_received(box, states, weight.mT, product, begun)
-    received = states.new_empty(box.degree - 1, *states.shape)
-    with box.beside(begun):
-        received[: box.rank].copy_(box.slots[: box.rank])
-        received[box.rank :].copy_(box.slots[box.rank + 1 :])
+    product, arrived = _gathered_product(box, states, weight.mT)
+    gathered = torch.empty_like(box.slots)
+    with box.beside(arrived):
+        gathered.copy_(box.slots)
     box.rejoin()
-    return product.flatten(0, 1), received
+    return product, gathered.flatten(0, 1)
 
 
 @gather_multiply.register_fake
 def _gathered_results(states: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
-    degree = _ranks(group).size()
-    return states.new_empty(degree * len(states), len(weight)), states.new_empty(degree - 1, *states.shape)
+    tokens = _ranks(group).size() * len(states)
+    return states.new_empty(tokens, len(weight)), states.new_empty(tokens, states.shape[1])
 
 
 @torch.library.custom_op("megatron_bert::gather_multiply_backward", mutates_args=(), device_types="cuda")
-def gather_multiply_backward(
-    gradient: Tensor, states: Tensor, received: Tensor, weight: Tensor, group: str
-) -> tuple[Tensor, Tensor]:
+def gather_multiply_backward(gradient: Tensor, gathered: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Of a gradient (T, N): that of this rank's states (t, K), summed over the ranks, and the weight's (N, K), which is
     computed while parts of the former travel.
     """
-    box = _mailbox("scatter", group, gradient, states.shape)
-    parts = _by_rank(box, gradient)
-    products = _products_for_others(box, parts, weight)
-    of_weight = parts[box.rank].mT @ states
-    _add_products(of_weight, parts[: box.rank], received[: box.rank])
-    _add_products(of_weight, parts[box.rank + 1 :], received[box.rank :])
-    torch.mm(parts[box.rank], weight, out=box.slots[box.rank])
-    return _scattered(box, products), of_weight
+    box = _mailbox("scatter", group, gradient, (len(gathered) // _ranks(group).size(), gathered.shape[1]))
+    gradient = gradient.contiguous()
+    products = _products_for_others(box, gradient, weight)
+    of_weight = gradient.mT @ gathered
+    return _scattered_product(box, products, gradient, weight), of_weight
 
 
 @gather_multiply_backward.register_fake
-def _gathered_gradients(
-    gradient: Tensor, states: Tensor, received: Tensor, weight: Tensor, group: str
-) -> tuple[Tensor, Tensor]:
-    return states.new_empty(states.shape), weight.new_empty(weight.shape)
+def _gathered_gradients(gradient: Tensor, gathered: Tensor, weight: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    own = len(gathered) // _ranks(group).size()
+    return gathered.new_empty(own, gathered.shape[1]), weight.new_empty(weight.shape)
 
 
 @torch.library.custom_op("megatron_bert::multiply_scatter", mutates_args=(), device_types="cuda")
 def multiply_scatter(states: Tensor, weight: Tensor, group: str) -> Tensor:
     """This rank's tokens of the sum of all ranks' states (T, K) times weights: (t, N)."""
     box = _mailbox("scatter", group, states, (len(states) // _ranks(group).size(), len(weight)))
-    parts = _by_rank(box, states)
-    products = _products_for_others(box, parts, weight.mT)
-    torch.mm(parts[box.rank], weight.mT, out=box.slots[box.rank])
-    return _scattered(box, products)
+    states = states.contiguous()
+    return _scattered_product(box, _products_for_others(box, states, weight.mT), states, weight.mT)
 
 
 @multiply_scatter.register_fake
@@ -214,15 +202,10 @@ def multiply_scatter_backward(gradient: Tensor, states: Tensor, weight: Tensor, 
     """
     gradient = gradient.contiguous()
     box = _mailbox("gather", group, gradient, gradient.shape)
-    begun, parts = _now(), _by_rank(box, states)
-    of_states = torch.empty_like(parts)
-    torch.mm(gradient, weight, out=of_states[box.rank])
-    of_weight = gradient.mT @ parts[box.rank]
-    _multiply_received(box, gradient, weight, of_states, begun)
-    _add_products(of_weight, box.slots[: box.rank], parts[: box.rank])
-    _add_products(of_weight, box.slots[box.rank + 1 :], parts[box.rank + 1 :])
+    of_states, _ = _gathered_product(box, gradient, weight)
     box.rejoin()
-    return of_states.flatten(0, 1), of_weight
+    of_weight = box.slots.flatten(0, 1).mT @ states
+    return of_states, of_weight
 
 
 @multiply_scatter_backward.register_fake
@@ -232,50 +215,55 @@ def _scattered_gradients(gradient: Tensor, states: Tensor, weight: Tensor, group
 
 def _by_rank(box: _Mailbox, tokens: Tensor) -> Tensor:
     """(T, features) -> (degree, t, features)."""
-    return tokens.contiguous().view(box.degree, -1, tokens.shape[1])
+    return tokens.view(box.degree, -1, tokens.shape[1])
 
 
-def _multiply_received(
-    box: _Mailbox, own: Tensor, matrix: Tensor, product: Tensor, begun: torch.cuda.Event
-) -> torch.cuda.Event:
-    """Sends `own` to all ranks, following `begun`, and puts into `product` what comes from them times `matrix`; the
-    last of it has come at the event.
-    """
-    sent = [box.send(own, box.away(steps), begun) for steps in range(1, box.degree)]
-    for steps, event in enumerate(sent, start=1):
-        source = box.away(-steps)
-        begun = box.arrived(event)
-        torch.mm(box.slots[source], matrix, out=product[source])
-    return begun
+def _gathered_product(box: _Mailbox, own: Tensor, matrix: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """All ranks' `own` (t, K) times `matrix` (K, N): (T, N), and when the last have arrived; they stay in the slots."""
+    begun = _now()
+    product = own.new_empty(box.degree, len(own), matrix.shape[1])
+    torch.mm(own, matrix, out=product[box.rank])
+    sent = [box.send(own, rank, begun) for rank in box.after]
+    with box.beside(begun):
+        box.slots[box.rank].copy_(own)
+    for rank, event in zip(box.before, sent, strict=True):
+        arrived = box.arrived(event)
+        torch.mm(box.slots[rank], matrix, out=product[rank])
+    return product.flatten(0, 1), arrived
 
 
-def _products_for_others(box: _Mailbox, parts: Tensor, matrix: Tensor) -> list[tuple[int, Tensor, torch.cuda.Event]]:
-    """Each other rank, its part times `matrix`, and when that is computed."""
-    ranks = [box.away(steps) for steps in range(1, box.degree)]
-    return [(rank, torch.mm(parts[rank], matrix), _now()) for rank in ranks]
+def _products_for_others(box: _Mailbox, states: Tensor, matrix: Tensor) -> list[tuple[int, Tensor, torch.cuda.Event]]:
+    """Each other rank, its part of (T, K) times `matrix` (K, N), and when that is computed."""
+    parts = _by_rank(box, states)
+    return [(rank, torch.mm(parts[rank], matrix), _now()) for rank in box.after]
 
 
-def _scattered(box: _Mailbox, products: list[tuple[int, Tensor, torch.cuda.Event]]) -> Tensor:
-    """Sends the others' products, and sums up what is in this rank's slots then."""
+def _scattered_product(
+    box: _Mailbox, products: list[tuple[int, Tensor, torch.cuda.Event]], states: Tensor, matrix: Tensor
+) -> Tensor:
+    """Sends the others' products, multiplies this rank's part meanwhile, and sums up what is in its slots then."""
+    torch.mm(_by_rank(box, states)[box.rank], matrix, out=box.slots[box.rank])
     for rank, product, computed in products:
         box.send(product, rank, computed)
     box.arrived()
-    # A sum over a dimension, of two, takes twice as long as theirs.
-    return box.slots[0] + box.slots[1] if box.degree == 2 else box.slots.sum(0)
+    return summed(box.slots)
 
 
-def _add_products(of_weight: Tensor, gradients: Tensor, states: Tensor) -> None:
-    """Those of some ranks' tokens (ranks, t, N) and (ranks, t, K)."""
-    if len(gradients):
-        of_weight.addmm_(gradients.flatten(0, 1).mT, states.flatten(0, 1))
+def summed(slots: Tensor) -> Tensor:
+    """(degree, t, features) -> (t, features), in float32 and rounded once."""
+    from megatron_bert.parallel import overlap_triton  # noqa: PLC0415
+
+    total = torch.empty_like(slots[0])
+    overlap_triton.sum_slots[(-(-total.numel() // 1024),)](slots, total, total.numel(), RANKS=len(slots), BLOCK=1024)
+    return total
 
 
 # --- their derivatives
 
 
 def _save_gathered(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    states, weight, ctx.group = inputs
-    ctx.save_for_backward(states, output[1], weight)
+    _, weight, ctx.group = inputs
+    ctx.save_for_backward(output[1], weight)
     ctx.mark_non_differentiable(output[1])
 
 
