@@ -91,8 +91,7 @@ def _norms(tokens: int, width: int) -> None:
         return norm_forward(product, bias, residual, weight, shift, seed, 0, DROPOUT, 1e-12, narrow)
 
     def backward(narrow: bool) -> Tensor:
-        results = norm_backward(grad_total, grad, *saved, weight, seed, 0, DROPOUT, factor if narrow else None)
-        return results[2].sum(0)
+        return norm_backward(grad_total, grad, *saved, weight, seed, 0, DROPOUT, factor if narrow else None)[2]
 
     total, _, mean, rstd, *_ = forward(False)
     saved = (total, mean, rstd)
@@ -106,7 +105,7 @@ def _activations(tokens: int, width: int) -> None:
     _row(f"GELU forward, {width}", lambda narrow: gelu_forward(product, bias, narrow), 4 * size, 5 * size)
 
     def backward(narrow: bool) -> Tensor:
-        return gelu_backward(grad, product, bias, factor if narrow else None)[1].sum(0)
+        return gelu_backward(grad, product, bias, factor if narrow else None)[1]
 
     _row(f"GELU backward, {width}", backward, 6 * size, 7 * size)
 
@@ -118,7 +117,7 @@ def _casts(tokens: int, width: int) -> None:
     _row(f"cast, {width}", lambda narrow: cast_rows(context) if narrow else None, 0.0, 3 * size)
     summed = torch.compile(lambda: grad.sum(0, dtype=torch.float32), dynamic=False)
     _row(f"cast of a gradient, {3 * width}",
-         lambda narrow: cast_rows(grad, factor)[2].sum(0) if narrow else summed(), 6 * size, 9 * size)  # fmt: skip
+         lambda narrow: cast_rows(grad, factor)[2] if narrow else summed(), 6 * size, 9 * size)  # fmt: skip
 
 
 def _weights(width: int) -> None:
@@ -157,17 +156,17 @@ def _sweeps(tokens: int, width: int) -> None:
     backward = (normed, normed, total, mean, rstd, narrow, seed, 0, DROPOUT, narrow)
     once, again = (TILES, AGAIN) if 4 * width <= 4096 else (ONE_ROW, ONE_ROW_AGAIN)
     tile, tile_again = ("elements", "warp_elements"), ("elements", "warp_elements", "programs")
-    sweep(f"norm forward, {width}", layer_kernels._NORM_FORWARD, tile, TILES, 9 * size,
+    sweep(f"norm forward, {width}", layer_kernels._NORM_FORWARD_NARROW, tile, TILES, 9 * size,
           lambda: norm_forward(*arguments))  # fmt: skip
     sweep(f"norm backward, {width}", layer_kernels._NORM_BACKWARD_NARROW, tile_again, NORM_AGAIN, 11 * size,
-          lambda: norm_backward(*backward)[2].sum(0))  # fmt: skip
+          lambda: norm_backward(*backward)[2])  # fmt: skip
     sweep(f"GELU forward, {4 * width}", layer_kernels._GELU_FORWARD_NARROW, tile, once, 20 * size,
           lambda: gelu_forward(wide, vectors[0], True))  # fmt: skip
     sweep(f"GELU backward, {4 * width}", layer_kernels._GELU_BACKWARD_NARROW, tile_again, again, 28 * size,
-          lambda: gelu_backward(wide, wide, *vectors)[1].sum(0))  # fmt: skip
+          lambda: gelu_backward(wide, wide, *vectors)[1])  # fmt: skip
     sweep(f"cast, {width}", layer_kernels._CAST, tile, TILES, 3 * size, lambda: cast_rows(product))
     sweep(f"cast of a gradient, {3 * width}", layer_kernels._CAST, tile_again, again, 9 * size,
-          lambda: cast_rows(joined, third)[2].sum(0))  # fmt: skip
+          lambda: cast_rows(joined, third)[2])  # fmt: skip
     groups = _layer_weights(width)
     sweep(f"casts of a layer's weights, {width}", layer_kernels._CAST_WEIGHT, ("ROWS", "COLUMNS", "num_warps"),
           WEIGHT_TILES, 72e-9 * width**2, lambda: _cast_weights(groups))  # fmt: skip

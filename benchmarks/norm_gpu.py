@@ -22,19 +22,23 @@ from torch.nn import functional
 from megatron_bert.training import layer_kernels
 from megatron_bert.training.layer_kernels import biased_gelu, drawn_seed, residual_norm
 
-NORMS = [(32768, 1024), (23040, 1024), (137000, 384), (16384, 2560)]  # tokens, width
+NORMS = [  # tokens, width; the last are a rank's of a group that shares a batch's tokens
+    (32768, 1024), (23040, 1024), (137000, 384), (8192, 1536), (16384, 2560), (2048, 2304), (1024, 3072),
+]  # fmt: skip
 ACTIVATIONS = [(32768, 4096), (23040, 4096), (137000, 1536)]
 DROPOUT = 0.1
 # elements of a program, of a warp: rows and warps follow
-NORM_FORWARD = [(512, 128), (1024, 256), (1024, 512), (1024, 1024), (2048, 256), (2048, 512), (4096, 512)]
+NORM_FORWARD = [(512, 128), (1024, 256), (1024, 512), (1024, 1024), (2048, 256), (2048, 512), (2048, 1024), (4096, 512)]
 NORM_BACKWARD = [  # ..., programs, stages
     (1024, 256, 528, 1), (1024, 256, 792, 1), (1024, 256, 924, 1), (1024, 512, 1056, 1), (1024, 256, 528, 2),
     (1024, 256, 528, 3), (2048, 512, 528, 1), (2048, 512, 660, 1), (2048, 256, 264, 1), (2048, 256, 264, 2),
+    (2048, 512, 264, 1), (2048, 1024, 264, 1), (2048, 1024, 528, 1), (2048, 1024, 132, 1),
 ]  # fmt: skip
 GELU_FORWARD = [(4, 256, 4), (8, 256, 4), (16, 256, 8), (4, 512, 4), (4, 512, 8), (2, 1024, 4), (4, 1024, 8)]
 GELU_BACKWARD = [
     (4, 256, 4, 1056, 1), (4, 256, 4, 2112, 1), (8, 256, 4, 1056, 1), (8, 256, 4, 2112, 1), (8, 256, 4, 1056, 2),
     (8, 256, 4, 1056, 3), (2, 512, 4, 1056, 1), (4, 512, 4, 1056, 1), (8, 512, 8, 528, 1), (16, 256, 8, 528, 1),
+    (2, 1024, 4, 1056, 1), (4, 1024, 4, 528, 1),
 ]  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def _sweep_norm(tokens: int, width: int) -> None:
     total, normed, mean, rstd, *_ = layer_kernels.norm_forward(*arguments)
 
     def backward() -> Tensor:
-        return layer_kernels.norm_backward(residual, normed, total, mean, rstd, weight, seed, 0, DROPOUT)[2].sum(0)
+        return layer_kernels.norm_backward(residual, normed, total, mean, rstd, weight, seed, 0, DROPOUT)[2]
 
     names = ("elements", "warp_elements", "programs", "STAGES")
     title, size = f"{tokens} x {width}", product.nbytes / 1e9
@@ -126,15 +130,16 @@ def _sweep_gelu(tokens: int, width: int) -> None:
     sweep(f"GELU forward {title}", layer_kernels._GELU_FORWARD, names[:3], GELU_FORWARD, 2 * size,
            lambda: layer_kernels.gelu_forward(product, bias))  # fmt: skip
     sweep(f"GELU backward {title}", layer_kernels._GELU_BACKWARD, names, GELU_BACKWARD, 3 * size,
-           lambda: layer_kernels.gelu_backward(grad, product, bias)[1].sum(0))  # fmt: skip
+           lambda: layer_kernels.gelu_backward(grad, product, bias)[1])  # fmt: skip
 
 
 def sweep(
     title: str, limits: dict[str, int], names: tuple[str, ...], variants: list[Any], gigabytes: float,
     call: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Prints what a call takes with other values of a kernel's limits, the fastest first."""
+    """Prints what a call takes with other values of a kernel's limits, the fastest first; nothing else bounds them."""
     kept, times = dict(limits), {}
+    limits.update({name: value for name, value in (("warps", 1), ("columns", 2**40)) if name in limits})
     for variant in variants:
         limits.update(dict(zip(names, variant, strict=True)))
         times[variant] = milliseconds(call)

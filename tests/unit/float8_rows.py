@@ -18,12 +18,12 @@ def check_narrowed(values: Tensor, scales: Tensor, exact: Tensor) -> None:
     assert ((values.double() - scaled).abs() <= 0.501 * last_bit + 1e-4 * scaled.abs() + 448 * 2.0**-20).all()
 
 
-def check_sums(parts: Tensor, rows: Tensor) -> None:
-    """Partial sums of columns: T terms in float32, in any order, are off by up to T 2 ^ -24 of their magnitudes' sum
+def check_sums(sums: Tensor, rows: Tensor) -> None:
+    """Sums of columns: T terms in float32, in any order, are off by up to T 2 ^ -24 of their magnitudes' sum
     (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 4.2).
     """
     exact = rows.double()
-    assert ((parts.sum(0).double() - exact.sum(0)).abs() <= len(rows) * 2.0**-24 * exact.abs().sum(0)).all()
+    assert ((sums.double() - exact.sum(0)).abs() <= len(rows) * 2.0**-24 * exact.abs().sum(0)).all()
 
 
 def random_rows(tokens: int, width: int) -> Tensor:

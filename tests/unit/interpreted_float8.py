@@ -29,7 +29,7 @@ def small_and_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     backward = ["_NORM_BACKWARD", "_NORM_BACKWARD_NARROW", "_GELU_BACKWARD_NARROW", "_CAST"]
     for limits in backward:
         monkeypatch.setitem(getattr(layer_kernels, limits), "programs", 3)
-    for limits in ("_NORM_FORWARD", "_GELU_FORWARD_NARROW", *backward):
+    for limits in ("_NORM_FORWARD", "_NORM_FORWARD_NARROW", "_GELU_FORWARD_NARROW", *backward):
         monkeypatch.setitem(getattr(layer_kernels, limits), "elements", 1024)
     monkeypatch.setattr(float8_products, "_multiply", multiplied)
     convert = interpreter._convert_float
@@ -55,12 +55,12 @@ def multiplied(
 @pytest.mark.parametrize(("tokens", "width"), [(37, 24), (9, 130)])
 def test_cast_rows(tokens: int, width: int) -> None:
     rows, factor = random_rows(tokens, width), torch.rand(width) * 1e-3
-    values, scales, parts = cast_rows(rows)
+    values, scales, sums = cast_rows(rows)
     check_narrowed(values, scales, rows.double())
-    assert parts.numel() == 0
-    values, scales, parts = cast_rows(rows, factor)
+    assert sums.numel() == 0
+    values, scales, sums = cast_rows(rows, factor)
     check_narrowed(values, scales, rows.double() * factor.double())
-    check_sums(parts, rows)
+    check_sums(sums, rows)
 
 
 @pytest.mark.parametrize(("outputs", "width"), [(20, 300), (16, 32)])
@@ -117,9 +117,9 @@ def test_gelu(tokens: int, width: int) -> None:
     wanted.backward(grad.double())
     torch.testing.assert_close(activated.double(), wanted, rtol=1e-4, atol=1e-5)
     check_narrowed(values, scales, activated.double())
-    of_product, parts, values, scales = gelu_backward(grad, product, bias, factor)
+    of_product, of_bias, values, scales = gelu_backward(grad, product, bias, factor)
     torch.testing.assert_close(of_product.double(), exact[0].grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(parts.sum(0).double(), exact[1].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_bias.double(), exact[1].grad, rtol=1e-4, atol=1e-5)
     check_narrowed(values, scales, of_product.double() * factor.double())
 
 

@@ -111,9 +111,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         states, transposed, weight_scales = ctx.saved_tensors
-        values, scales, parts = cast_rows(grad, weight_scales)
+        values, scales, of_bias = cast_rows(grad, weight_scales)
         of_states, of_weight = _gradients(grad, values, scales, states, transposed)
-        return of_states, None, None, of_weight, None, None, None, parts.sum(0)
+        return of_states, None, None, of_weight, None, None, None, of_bias
 
 
 class _LinearGelu(torch.autograd.Function):
@@ -129,9 +129,9 @@ class _LinearGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         states, transposed, weight_scales, product, bias = ctx.saved_tensors
-        of_product, parts, values, scales = gelu_backward(grad, product, bias, weight_scales)
+        of_product, of_bias, values, scales = gelu_backward(grad, product, bias, weight_scales)
         of_states, of_weight = _gradients(of_product, values, scales, states, transposed)
-        return of_states, None, None, of_weight, None, None, None, parts.sum(0)
+        return of_states, None, None, of_weight, None, None, None, of_bias
 
 
 class _LinearResidualNorm(torch.autograd.Function):
@@ -149,13 +149,13 @@ class _LinearResidualNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor, *_: Any) -> Any:
         states, transposed, weight_scales, total, mean, rstd, norm_weight, seed = ctx.saved_tensors
-        of_residual, of_product, parts, values, scales = norm_backward(
+        of_residual, of_product, sums, values, scales = norm_backward(
             grad_total, grad_normed, total, mean, rstd, norm_weight, seed, ctx.site, ctx.dropout, weight_scales
         )
         if ctx.dropout == 0.0:
             of_product = of_residual.to(grad_normed.dtype)
         of_states, of_weight = _gradients(of_product, values, scales, states, transposed)
-        of_norm_weight, of_norm_bias, of_bias = parts.sum(0).unbind(0)
+        of_norm_weight, of_norm_bias, of_bias = sums.unbind(0)
         return (
             of_states, None, None, of_weight, None, None, None,
             of_bias, of_residual, of_norm_weight, of_norm_bias, None, None, None, None,

@@ -9,7 +9,8 @@ drawn again. Statistics and sums are float32, also where states are bfloat16.
 
 The same kernels also write in float8 what is an operand of a product next; see `float8_products`.
 
-T tokens (any dimensions), D width, P programs.
+T tokens (any dimensions), D width. No shape that an operator gives back depends on tiles: PyTorch keeps compiled graphs
+from one version to the next, and goes by the operators' names.
 """
 
 from __future__ import annotations
@@ -34,14 +35,20 @@ __all__ = [
     "residual_norm",
 ]
 
-# Of each kernel, at most so many elements a program at once, warps for so many, and the backward passes' programs.
+# Of each kernel, at most so many elements a program at once, and warps for so many, or at least so many; of backward
+# passes their programs: for norms, which keep three sums a column, no more than have so many columns together.
 # An H100 has 132 multiprocessors.
-_NORM_FORWARD = {"elements": 2048, "warp_elements": 256}
-_NORM_BACKWARD = {"elements": 2048, "warp_elements": 512, "programs": 660, "STAGES": 1}
+_NORM_FORWARD = {"elements": 2048, "warp_elements": 1024}
+_NORM_BACKWARD = {
+    "elements": 2048, "warp_elements": 1024, "warps": 4, "programs": 660, "columns": 264 * 4096, "STAGES": 1,
+}  # fmt: skip
 _GELU_FORWARD = {"ROWS": 4, "COLUMNS": 256, "num_warps": 4}
-_GELU_BACKWARD = {"ROWS": 2, "COLUMNS": 512, "num_warps": 4, "programs": 1056, "STAGES": 1}
+_GELU_BACKWARD = {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4, "programs": 528, "STAGES": 1}
 # With float8, a program of the activation has whole rows, too. A multiprocessor's registers hold two to six of these.
-_NORM_BACKWARD_NARROW = {"elements": 1024, "warp_elements": 256, "programs": 792, "STAGES": 1}
+_NORM_FORWARD_NARROW = {"elements": 2048, "warp_elements": 256}
+_NORM_BACKWARD_NARROW = {
+    "elements": 1024, "warp_elements": 1024, "warps": 4, "programs": 792, "columns": 264 * 4096, "STAGES": 1,
+}  # fmt: skip
 _GELU_FORWARD_NARROW = {"elements": 2048, "warp_elements": 256}
 _GELU_BACKWARD_NARROW = {"elements": 4096, "warp_elements": 256, "programs": 264, "STAGES": 1}
 _CAST = {"elements": 4096, "warp_elements": 256, "programs": 396, "STAGES": 1}
@@ -106,7 +113,7 @@ def norm_forward(
     total, normed, mean, rstd, narrowed, scales = _norm_results(
         product, bias, residual, weight, shift, seed, site, dropout, eps, narrow
     )
-    shape = _row_tile(product.shape[-1], _NORM_FORWARD)
+    shape = _row_tile(product.shape[-1], _NORM_FORWARD_NARROW if narrow else _NORM_FORWARD)
     layer_triton.norm_forward[(-(-len(mean) // shape["ROWS"]),)](
         product, bias, residual, weight, shift, mean if seed is None else seed, total, normed, mean, rstd,
         narrowed, scales, len(mean), site, *_dropout_arguments(dropout), eps,
@@ -134,7 +141,7 @@ def _norm_results(
     return total, normed, mean, rstd, *_narrow_results(product, narrow)
 
 
-@torch.library.custom_op("megatron_bert::residual_norm_backward", mutates_args=())
+@torch.library.custom_op("megatron_bert::residual_norm_gradients", mutates_args=())
 def norm_backward(
     grad_total: Tensor | None,
     grad_normed: Tensor,
@@ -147,23 +154,25 @@ def norm_backward(
     dropout: float,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the residual and, with dropout, of the product; (P, 3, D) partial sums of those of weight, shift
-    and bias; and with `factor` (D) the product's times it in float8 (.., D), and its scales (T).
+    """The gradients of the residual and, with dropout, of the product; (3, D) those of weight, shift and bias; and with
+    `factor` (D) the product's times it in float8 (.., D), and its scales (T).
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
     grad_normed, limits = grad_normed.contiguous(), _NORM_BACKWARD if factor is None else _NORM_BACKWARD_NARROW
-    of_residual, of_product, parts, narrowed, scales = _norm_gradients(
+    of_residual, of_product, sums, narrowed, scales = _norm_gradients(
         grad_total, grad_normed, total, mean, rstd, weight, seed, site, dropout, factor
     )
+    width = total.shape[-1]
+    parts = sums.new_empty(max(1, min(limits["programs"], limits["columns"] // _padded(width))), *sums.shape)
     layer_triton.norm_backward[(len(parts),)](
         grad_normed if grad_total is None else grad_total.contiguous(), grad_normed, total, mean, rstd, weight,
         mean if seed is None else seed, weight if factor is None else factor, of_residual, of_product, parts,
         narrowed, scales, len(mean), site, *_dropout_arguments(dropout),
         HAS_GRAD_SUM=grad_total is not None, DROP=dropout > 0.0, PACKED=_takes_assembly(total),
-        NARROW=factor is not None, STAGES=limits["STAGES"], **_row_tile(total.shape[-1], limits),
+        NARROW=factor is not None, STAGES=limits["STAGES"], **_row_tile(width, limits),
     )  # fmt: skip
-    return of_residual, of_product, parts, narrowed, scales
+    return of_residual, of_product, torch.sum(parts, 0, out=sums), narrowed, scales
 
 
 @norm_backward.register_fake
@@ -180,9 +189,8 @@ def _norm_gradients(
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     of_product = grad_normed.new_empty(total.shape if dropout > 0.0 else (0,))
-    programs = (_NORM_BACKWARD if factor is None else _NORM_BACKWARD_NARROW)["programs"]
-    parts = total.new_empty(programs, 3, total.shape[-1], dtype=torch.float32)
-    return total.new_empty(total.shape), of_product, parts, *_narrow_results(total, factor is not None)
+    sums = total.new_empty(3, total.shape[-1], dtype=torch.float32)
+    return total.new_empty(total.shape), of_product, sums, *_narrow_results(total, factor is not None)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -202,12 +210,12 @@ def _differentiate_norm(
     product_type, bias_type, weight_type, shift_type = ctx.types
     if grad_normed is None:
         grad_normed = total.new_zeros(total.shape, dtype=product_type)
-    of_residual, of_product, parts, _, _ = norm_backward(
+    of_residual, of_product, sums, _, _ = norm_backward(
         grad_total, grad_normed, total, mean, rstd, weight, seed, ctx.site, ctx.dropout
     )
     if ctx.dropout == 0.0:
         of_product = of_residual.to(product_type)
-    of_weight, of_shift, of_bias = parts.sum(0).unbind(0)
+    of_weight, of_shift, of_bias = sums.unbind(0)
     return (
         of_product, of_bias.to(bias_type), of_residual, of_weight.to(weight_type), of_shift.to(shift_type),
         None, None, None, None, None,
@@ -242,33 +250,34 @@ def _gelu_results(product: Tensor, bias: Tensor, narrow: bool = False) -> tuple[
     return product.new_empty(product.shape), *_narrow_results(product, narrow)
 
 
-@torch.library.custom_op("megatron_bert::biased_gelu_backward", mutates_args=())
+@torch.library.custom_op("megatron_bert::biased_gelu_gradients", mutates_args=())
 def gelu_backward(
     grad: Tensor, product: Tensor, bias: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The product's gradient, (P, D) partial sums of the bias's, and with `factor` (D) the first times it in float8
-    (.., D), and its scales (T).
+    """The gradients of the product and of the bias, and with `factor` (D) the first times it in float8 (.., D), and its
+    scales (T).
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
     grad, product = grad.contiguous(), product.contiguous()
-    of_product, parts, narrowed, scales = _gelu_gradients(grad, product, bias, factor)
-    width, options = product.shape[-1], _gelu_backward_tile(product.shape[-1], factor is not None)
-    layer_triton.gelu_backward[-(-width // options["COLUMNS"]), len(parts)](
+    of_product, of_bias, narrowed, scales = _gelu_gradients(grad, product, bias, factor)
+    width, limits = product.shape[-1], _GELU_BACKWARD if factor is None else _GELU_BACKWARD_NARROW
+    options = _gelu_backward_tile(width, factor is not None)
+    strips = -(-width // options["COLUMNS"])
+    parts = of_bias.new_empty(max(1, limits["programs"] // strips), width)
+    layer_triton.gelu_backward[strips, len(parts)](
         grad, product, bias, bias if factor is None else factor, of_product, parts, narrowed, scales,
         product.numel() // width, PACKED=_takes_assembly(product), NARROW=factor is not None, **options,
     )  # fmt: skip
-    return of_product, parts, narrowed, scales
+    return of_product, torch.sum(parts, 0, out=of_bias), narrowed, scales
 
 
 @gelu_backward.register_fake
 def _gelu_gradients(
     grad: Tensor, product: Tensor, bias: Tensor, factor: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    width, limits = product.shape[-1], _GELU_BACKWARD if factor is None else _GELU_BACKWARD_NARROW
-    strips = -(-width // _gelu_backward_tile(width, factor is not None)["COLUMNS"])
-    parts = product.new_empty(max(1, limits["programs"] // strips), width, dtype=torch.float32)
-    return product.new_empty(product.shape), parts, *_narrow_results(product, factor is not None)
+    of_bias = product.new_empty(product.shape[-1], dtype=torch.float32)
+    return product.new_empty(product.shape), of_bias, *_narrow_results(product, factor is not None)
 
 
 def _gelu_backward_tile(width: int, narrow: bool) -> dict[str, int]:
@@ -284,8 +293,8 @@ def _save_gelu(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _differentiate_gelu(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None]:
     product, bias = ctx.saved_tensors
-    of_product, parts, _, _ = gelu_backward(grad, product, bias)
-    return of_product, parts.sum(0).to(bias.dtype), None
+    of_product, of_bias, _, _ = gelu_backward(grad, product, bias)
+    return of_product, of_bias.to(bias.dtype), None
 
 
 gelu_forward.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
@@ -294,28 +303,29 @@ gelu_forward.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
 # --- what comes from elsewhere, in float8
 
 
-@torch.library.custom_op("megatron_bert::cast_rows", mutates_args=())
+@torch.library.custom_op("megatron_bert::rows_in_float8", mutates_args=())
 def cast_rows(states: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """States in float8 (.., D) and their scales (T). With `factor` (D), they are a gradient: the columns are multiplied
-    by it first, and (P, D) partial sums are those of the columns before.
+    by it first, and (D) the sums are those of the columns before.
     """
     from megatron_bert.training import layer_triton  # noqa: PLC0415
 
     states = states.contiguous()
-    narrowed, scales, parts = _cast_results(states, factor)
+    narrowed, scales, sums = _cast_results(states, factor)
     options = _row_tile(states.shape[-1], _CAST)
-    programs = -(-len(scales) // options["ROWS"]) if factor is None else len(parts)
+    programs = -(-len(scales) // options["ROWS"]) if factor is None else _CAST["programs"]
+    parts = sums.new_empty(programs if factor is not None else 0, *sums.shape)
     layer_triton.cast_rows[(programs,)](
         states, scales if factor is None else factor, parts, narrowed, scales, len(scales),
         IS_GRADIENT=factor is not None, STAGES=_CAST["STAGES"], **options,
     )  # fmt: skip
-    return narrowed, scales, parts
+    return narrowed, scales, sums if factor is None else torch.sum(parts, 0, out=sums)
 
 
 @cast_rows.register_fake
 def _cast_results(states: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    programs = 0 if factor is None else _CAST["programs"]
-    return *_narrow_results(states, True), states.new_empty(programs, states.shape[-1], dtype=torch.float32)
+    columns = 0 if factor is None else states.shape[-1]
+    return *_narrow_results(states, True), states.new_empty(columns, dtype=torch.float32)
 
 
 @torch.library.custom_op("megatron_bert::cast_weight", mutates_args=())
@@ -359,11 +369,16 @@ def _row_tile(width: int, limits: dict[str, int], columns: str = "WIDTH") -> dic
 
     As many threads as there can be have 64 registers each, which hold 8 elements: rows of more have half as many.
     """
-    padded = 1 << (width - 1).bit_length()
+    padded = _padded(width)
     rows = max(1, limits["elements"] // padded)
     most = _MOST_WARPS if rows * padded <= 8 * 1024 else 16
-    warps = min(most, max(1, rows * padded // limits["warp_elements"]))
+    warps = min(most, max(limits.get("warps", 1), rows * padded // limits["warp_elements"]))
     return {"D": width, columns: padded, "ROWS": rows, "num_warps": warps}
+
+
+def _padded(width: int) -> int:
+    """The power of two that it fits in."""
+    return 1 << (width - 1).bit_length()
 
 
 def _dropout_arguments(dropout: float) -> tuple[int, float]:
