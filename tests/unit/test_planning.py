@@ -19,6 +19,7 @@ from megatron_bert.planning.parameters import rank_parameters, sequence_paramete
 from megatron_bert.planning.ranking import Choice, plan_of, rank
 from megatron_bert.planning.speed import (
     _HANDOVER_SECONDS,
+    _lost_in_parts,
     _product_seconds,
     attention_seconds,
     collective_seconds,
@@ -153,6 +154,35 @@ def test_a_step_takes_what_one_to_four_h200_took(size, gpus, layout, seconds):
     hidden, layers, heads = SIZES[size]
     job = Job(config_of(hidden, layers, heads, 29056), gpus, layout.data * layout.micro_rows)
     assert step_time(job, layout, GPUS["h200"]).total == pytest.approx(seconds, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "heads", "layout", "seconds"),
+    [
+        (1536, 40, 16, Layout(micro_rows=8), 0.1450),
+        (1920, 54, 20, Layout(tensor=2, sequence_parallel=True, micro_rows=8, overlap=True), 0.1655),
+        (2304, 64, 24, Layout(tensor=4, micro_rows=8), 0.1987),
+        (2304, 64, 24, Layout(tensor=4, sequence_parallel=True, micro_rows=8), 0.1909),
+        (2304, 64, 24, Layout(tensor=4, sequence_parallel=True, micro_rows=8, overlap=True), 0.1581),
+    ],
+)
+def test_a_step_of_the_papers_shapes_takes_what_h200_took(hidden, layers, heads, layout, seconds):
+    """`benchmarks/scaling.py`: the weak scaling of Shoeybi et al. 2019, table 1."""
+    config = config_of(hidden, layers, heads, 50304, max_position_embeddings=1024)
+    job = Job(config, layout.tensor, 8, 1024, predicted_share=1.0)
+    assert step_time(job, layout, GPUS["h200"]).total == pytest.approx(seconds, rel=0.10)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ranks", "whole", "lost"),
+    [(1920, 2, 1092e-6, 0.02), (2560, 4, 929e-6, 0.08), (2304, 4, 742e-6, 0.11), (3072, 8, 649e-6, 0.35)],
+)
+def test_products_in_parts_lose_what_they_lost(hidden, ranks, whole, lost):
+    """A rank's eight products of 8,192 tokens, on one H200: benchmarks/RESULTS.md, "Four GPUs"."""
+    matrices = [(3 * hidden // ranks, hidden), (hidden, hidden // ranks), (4 * hidden // ranks, hidden)]
+    shapes = [shape for n, k in [*matrices, (hidden, 4 * hidden // ranks)] for shape in ((8192, n, k), (8192, k, n))]
+    seconds = sum(_lost_in_parts(*shape, ranks, GPUS["h200"]) for shape in shapes)
+    assert seconds / whole == pytest.approx(lost, abs=0.12)
 
 
 def test_a_host_limits_small_passes_of_sharded_recomputed_layers_alone():

@@ -30,6 +30,7 @@ _HOST_LAYER_SECONDS = 9e-3  # forward and backward: 3.9b sharded over two H100 (
 _HANDOVER_SECONDS = 10e-6  # until GPUs have waited for each other within a recorded pass: two H200 (RESULTS.md)
 _TAKEN_BESIDE = 0.5  # of the time that bytes take over a node's links: two H200 (RESULTS.md)
 _TILE = (128, 256)  # of a result, that one multiprocessor computes: what cuBLAS takes for large products on Hopper
+_PART_TILES = (_TILE, (256, 128), (192, 192), (128, 192), (192, 128), (128, 128))  # for parts of products (traces)
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,18 @@ def _product_seconds(m: int, n: int, k: int, gpu: Gpu) -> float:
     return max(multiplying, num_bytes / gpu.memory_bytes_per_second)
 
 
+def _lost_in_parts(m: int, n: int, k: int, parts: int, gpu: Gpu) -> float:
+    """What (m, k) times (k, n) takes longer where it is computed in so many parts of its rows, one after the other:
+    each has a last round of its own. By the tiles that are best for the whole, and for a part.
+    """
+
+    def computed(rows: int) -> int:
+        rounds = ((ceil(ceil(rows / a) * ceil(n / b) / gpu.multiprocessors), a * b) for a, b in _PART_TILES)
+        return min(number * tile for number, tile in rounds) * gpu.multiprocessors
+
+    return 2 * k * (parts * computed(m // parts) - computed(m)) / gpu.flops_per_second
+
+
 def attention_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
     """The fused kernel of one micro-batch: 4 h s FLOPs a token forward, twice that backward; a third more where the
     forward pass is taken twice.
@@ -216,7 +229,8 @@ def tensor_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
 def overlapped_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
     """Of a layer's overlapped gatherings and scattering sums in one micro-batch, what is not hidden: see
     `parallel.overlap` for what each is done beside. Of a product's n parts, n - 1 are there to hide what is sent. Ranks
-    wait for each other once in a sum and n - 1 times in a gathering; a sum reads n parts and writes one.
+    wait for each other once in a sum and n - 1 times in a gathering; a sum reads n parts and writes one. Products but
+    weights' gradients are in n parts.
     """
     ranks, h = layout.tensor, job.config.hidden_size
     part_bytes = layout.micro_tokens(job) // ranks * h * _BF16
@@ -235,9 +249,10 @@ def overlapped_seconds(job: Job, layout: Layout, gpu: Gpu) -> float:
         seconds += forward_passes * (gathering + exposed(share * _product_seconds(m, n, k, gpu)))
         seconds += summing + exposed(of_weight, share * of_states)
     for m, n, k in row:
-        of_states, of_weight = _product_seconds(m, k, n, gpu), _product_seconds(k, n, m, gpu)
         seconds += forward_passes * (summing + exposed(share * _product_seconds(m, n, k, gpu)))
-        seconds += gathering + exposed(share * of_states, of_weight / ranks)
+        seconds += gathering + exposed(share * _product_seconds(m, k, n, gpu))
+    for m, n, k in column + row:
+        seconds += forward_passes * _lost_in_parts(m, n, k, ranks, gpu) + _lost_in_parts(m, k, n, ranks, gpu)
     return seconds
 
 
