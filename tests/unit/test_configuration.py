@@ -56,6 +56,7 @@ def test_a_blend_of_corpora(tmp_path: Path) -> None:
         ("objective.mask_share=0.2", "leave mask_share out"),
         ("objective.chinese_segmenter=jieba", "leave chinese_segmenter out"),
         ("runtime.packing=true", r"runtime\.packing: rows of the causal objective are always full"),
+        ("data.short_share=0.5", r"data\.short_share: rows of the causal objective are always full"),
     ],
 )
 def test_the_causal_objective_takes_no_option_that_would_do_nothing(
@@ -121,7 +122,10 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("runtime.recompute=some", r"runtime\.recompute: Input should be 'none', 'selective' or 'full', not 'some'"),
         ("mesh={shard: 1, keep_layers: true}", r"mesh: keep_layers is of weights that shard splits"),
         ("mesh={overlap: true}", r"mesh: overlap is of what sequence_parallel sends"),
-        ("model=5", r"model: Input should be a valid dictionary"),
+        ("model=5", r"model: a section with the keys size, start_from, .* is wanted, not 5"),
+        ("data.tokens=[a, b]", r"blend\.0: a section with the keys prefix, weight is wanted, not 'a'"),
+        ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: Input should be a finite number, not inf"),
+        ("optimizer.epsilon=.inf", r"optimizer\.epsilon: Input should be a finite number"),
         (
             "data.tokens=[{prefix: a, weight: 0}]",
             r"data\.tokens\.blend\.0\.weight: Input should be greater than 0, not 0",
