@@ -69,6 +69,16 @@ def test_the_causal_objective_takes_no_option_that_would_do_nothing(
         load(tmp_path, "objective.kind=causal", override)
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell reads it (POSIX, tilde expansion); a `~` elsewhere is a character."""
+    monkeypatch.setenv("HOME", "/home/me")
+    configuration = load(tmp_path, "output=~/run", "data.tokens=[{prefix: ~/text, weight: 1}]", "data.tokenizer=a/~/b")
+    assert configuration.output == Path("/home/me/run")
+    assert configuration.data.corpora[0].prefix == Path("/home/me/text")
+    assert configuration.data.tokenizer == Path("a/~/b")
+    assert load(tmp_path, "model={start_from: ~/in}").model.start_from == Path("/home/me/in")
+
+
 def test_a_size_gives_the_papers_numbers(tmp_path: Path) -> None:
     """arXiv 1909.08053, table 6; numbers beside it go before it."""
     model = load(tmp_path, "model={size: 3.9b, num_hidden_layers: 2}").model
@@ -109,7 +119,8 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ),
         ("model.num_attention_heads=3", r"model: hidden_size 64 is not a multiple of num_attention_heads 3"),
         ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
-        ("data.tokens=null", r"data\.tokens.*: Input is not a valid path"),
+        ("data.tokens=null", r"data\.tokens.*: a path is wanted .*, not None"),
+        ("output=5", r"output: a path is wanted .*, not 5"),
         ("model.size=354m", r"model: size '354m' is not known \(did you mean 345m\?\) \(known: 345m, 1\.3b, "),
         ("training.steps=true", r"training\.steps: .*true is no number"),
         ("runtime.micro_batch_samples=false", r"micro_batch_samples: .*false is no number"),

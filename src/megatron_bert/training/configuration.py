@@ -78,6 +78,12 @@ class Section(BaseModel):
             raise ValueError(f"{str(value).lower()} is no number")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home_is_the_users(cls, value: Any) -> Any:
+        """`~/run` as a shell reads it; the folder would be called `~` otherwise."""
+        return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+
     def as_yaml(self) -> str:
         """With every value spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -381,6 +387,8 @@ def _problem(error: Any, kind: type[BaseModel]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "model_type":
         message = f"a section with the keys {', '.join(_keys_of(path, kind))} is wanted"
+    if error["type"] == "path_type":
+        message = "a path is wanted (a number as a name in quotes)"
     value = error["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f", not {value!r}"
     return f"{name}: {message}{shown}" if name else message
