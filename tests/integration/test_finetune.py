@@ -235,9 +235,11 @@ def test_several_seeds_and_their_median(folder: Path, capsys: pytest.CaptureFixt
 def test_it_stops_early(folder: Path) -> None:
     """With a learning rate of next to nothing the first evaluation stays the best."""
     run = finetune(
-        folder, "classify", "early", training__epochs=9, training__patience=2, optimizer__learning_rate=1e-12
-    )
+        folder, "classify", "early", training__epochs=9, training__patience=2, optimizer__learning_rate=1e-12,
+        runtime__log_every_steps=4,
+    )  # fmt: skip
     assert [record["step"] for record in records(run, "validation")] == [6, 12, 18]
+    assert records(run, "training")[-1]["step"] == 18
     assert (run / "model").is_dir()
 
 
@@ -261,6 +263,8 @@ def test_lora(folder: Path) -> None:
     inputs = tokenizer(["the river thames is in england", "to paris"], return_tensors="pt", padding=True)
     with torch.no_grad():
         torch.testing.assert_close(adapted(**inputs).logits, merged(**inputs).logits, rtol=1e-4, atol=1e-5)
+    finetune(folder, "ner", "lora", "--overwrite", training__epochs=0.1)
+    assert not (run / "adapter").exists()  # it belongs to the run that was
 
 
 @pytest.mark.parametrize(
@@ -299,6 +303,8 @@ def test_bad_files(
         ("ner", ["lora.rnk=3"], "unknown key lora.rnk (did you mean lora.rank?)"),
         ("ner", ["lora.targets=[nothing]"], "lora.targets ['nothing']"),
         ("ner", ["data.train=nowhere"], "data.train nowhere: no such file"),
+        ("ner", ["task.lr=1"], "unknown key task.lr (task has no keys)"),
+        ("ner", ["model.start_from=RUN"], "no config.json in it (did you mean"),
         ("ner", ["training.seeds=[1,1]"], "different numbers"),
         ("classify", ["task.kind=multi", "data.train=BARE"], "bare.csv has no label: there is nothing to tell apart"),
         ("ner", ["model.start_from=TAGGER", "data.train=OTHER"], "is for O, B-LAND, B-LOC; set model.new_head=true"),
@@ -309,7 +315,7 @@ def test_bad_recipes(
 ) -> None:
     (folder / "other.txt").write_text("paris B-TOWN\n")
     (folder / "bare.csv").write_text("text,label\nthe,\nold,\n")
-    names = {"TAGGER": tagger / "model", "OTHER": folder / "other.txt", "BARE": folder / "bare.csv"}
+    names = {"TAGGER": tagger / "model", "RUN": tagger, "OTHER": folder / "other.txt", "BARE": folder / "bare.csv"}
     for name, path in names.items():
         settings = [setting.replace(name, str(path)) for setting in settings]
     recipe = write_task_recipe(folder, task, "bad")
@@ -325,9 +331,12 @@ def test_evaluating_what_does_not_fit(folder: Path, tagger: Path, capsys: pytest
         ("ner", tagger / "model", "town.txt", "town.txt, line 1: label 'B-TOWN'"),
         ("ner", folder / "start", "ner-dev.txt", "has no head for ner"),
         ("squad", tagger / "model", "squad-dev.jsonl", "has no head for squad"),
+        ("ner", tagger, "ner-dev.txt", f"did you mean {tagger / 'model'}?"),
     ):
         assert main(["evaluate", task, "--model", str(model), "--data", str(folder / data)]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(["convert", str(tagger), str(folder / "converted")]) == 2
+    assert "is of a fine-tuning run" in capsys.readouterr().err
 
 
 def test_evaluating_a_head_of_other_outputs_or_no_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 
 from megatron_bert.cli.main import main
@@ -137,6 +138,24 @@ def test_converting_a_finished_run(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert_same_logits(tmp_path / "model", MegatronBertForMaskedLM)  # a run without pairs has no head for them
 
 
+def test_converting_one_checkpoint(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of the same steps that ends there has the same weights."""
+    rate = "optimizer={learning_rate: 1.0e-3, final_share: 1.0}"  # or the schedule would know where it ends
+    assert train(prepared, "three", rate, "training.steps=3", "training.warmup_steps=0") == 0
+    steps = ("training.steps=5", "training.warmup_steps=0", "runtime.checkpoint_every_steps=3")
+    assert train(prepared, "five", rate, *steps) == 0
+    checkpoint = prepared / "five" / "checkpoints" / "step-00000003"
+    capsys.readouterr()
+    assert main(["convert", str(checkpoint), str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    one, other = (load_file(path / "model.safetensors") for path in (prepared / "three" / "model", tmp_path / "model"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert main(["convert", str(checkpoint), str(prepared / "five"), "--overwrite"]) == 2
+    (checkpoint / "streams-00000.json").write_text("{}")
+    assert main(["convert", str(checkpoint), str(tmp_path / "damaged")]) == 2
+    assert f"{checkpoint} is damaged" in capsys.readouterr().err
+
+
 def test_converting_to_bfloat16(run: Path, tmp_path: Path) -> None:
     """Half the bytes, each weight the nearest bfloat16, the type in config.json; Transformers loads it as it is."""
     folder = tmp_path / "model"
@@ -210,6 +229,19 @@ def test_curves_at_the_end_and_on_demand(run: Path, tmp_path: Path, capsys: pyte
     assert main(["plot", str(tmp_path), str(run)]) == 2
     assert "several runs need --output" in capsys.readouterr().err
     assert (tmp_path / "curves.png").read_bytes() == alone
+
+
+def test_curves_of_folders_of_the_same_name_and_of_no_numbers(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, legends = (run / "metrics.jsonl").read_text().splitlines(), []
+    broken = {**json.loads(lines[0]), "gradient_norm": None}
+    for name in ("a", "b"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run" / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(broken), ""]))
+    monkeypatch.setattr(Axes, "legend", lambda axes, **_: legends.append([line.get_label() for line in axes.lines]))
+    assert main(["plot", str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--output", str(tmp_path / "c.png")]) == 0
+    assert [len(set(names)) for names in legends] == [len(names) for names in legends]
 
 
 @pytest.mark.parametrize(

@@ -110,11 +110,14 @@ def test_runtime_knobs_change_no_result(prepared: Path, setting: str) -> None:
     assert [record["loss"] for record in records(changed, "validation")] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_other_objectives_and_a_validation_file(prepared: Path) -> None:
+def test_other_objectives_and_a_validation_file(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(
         prepared, "no-pairs", "objective.pair=none", "objective.max_masked_words=1",
         f"data.validation={prepared / 'text'}", "training.precision=bfloat16",
     )  # fmt: skip
+    said = capsys.readouterr().err
+    assert "samples an epoch" in said
+    assert "without a pair" not in said  # none was wanted
     assert "pair_loss" not in records(run, "training")[0]
     assert "pair_loss" not in records(run, "validation")[0]
 

@@ -19,10 +19,11 @@ from tools.kill_and_resume import compare, records
 from torch import Tensor
 
 from megatron_bert.checkpoint import writer as writer_module
-from megatron_bert.checkpoint.native import list_checkpoints
+from megatron_bert.checkpoint.native import list_checkpoints, load_model_weights
 from megatron_bert.cli.main import main
 from megatron_bert.training import lock, metrics
 from megatron_bert.training import objective as objective_module
+from megatron_bert.training import pretrain as pretrain_module
 from tests.integration.tiny_corpus import prepare, write_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -182,6 +183,24 @@ def test_the_model_is_written_if_only_that_is_left(prepared: Path, whole: Path) 
     shutil.rmtree(output / "model")
     run(prepared, "modelless")
     assert not compare(whole, output)
+
+
+def test_the_model_of_an_earlier_end_is_replaced(
+    prepared: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk was full when the model of the added steps was to be written: the next call writes it."""
+    output = prepared / "added"
+    shutil.copytree(whole, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "write_model_folder", no_room)
+        run(prepared, "added", "training.steps=13", "--allow=training.steps", code=2)
+    run(prepared, "added", "training.steps=13")
+    assert "is finished" not in capsys.readouterr().err
+    weights = load_model_weights(list_checkpoints(output)[0])
+    written = load_file(output / "model" / "model.safetensors")
+    assert all(torch.equal(written[name], weights[name]) for name in written)
+    run(prepared, "added", "training.steps=13")
+    assert "is finished" in capsys.readouterr().err
 
 
 def test_overwriting(prepared: Path, whole: Path, stop_at: Callable[..., None]) -> None:

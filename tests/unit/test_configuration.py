@@ -56,6 +56,7 @@ def test_a_blend_of_corpora(tmp_path: Path) -> None:
         ("objective.mask_share=0.2", "leave mask_share out"),
         ("objective.chinese_segmenter=jieba", "leave chinese_segmenter out"),
         ("runtime.packing=true", r"runtime\.packing: rows of the causal objective are always full"),
+        ("data.short_share=0.5", r"data\.short_share: rows of the causal objective are always full"),
     ],
 )
 def test_the_causal_objective_takes_no_option_that_would_do_nothing(
@@ -66,6 +67,16 @@ def test_the_causal_objective_takes_no_option_that_would_do_nothing(
     assert load_configuration(tmp_path / "resolved.yaml") == causal
     with pytest.raises(UserError, match=message):
         load(tmp_path, "objective.kind=causal", override)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell reads it (POSIX, tilde expansion); a `~` elsewhere is a character."""
+    monkeypatch.setenv("HOME", "/home/me")
+    configuration = load(tmp_path, "output=~/run", "data.tokens=[{prefix: ~/text, weight: 1}]", "data.tokenizer=a/~/b")
+    assert configuration.output == Path("/home/me/run")
+    assert configuration.data.corpora[0].prefix == Path("/home/me/text")
+    assert configuration.data.tokenizer == Path("a/~/b")
+    assert load(tmp_path, "model={start_from: ~/in}").model.start_from == Path("/home/me/in")
 
 
 def test_a_size_gives_the_papers_numbers(tmp_path: Path) -> None:
@@ -108,7 +119,8 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ),
         ("model.num_attention_heads=3", r"model: hidden_size 64 is not a multiple of num_attention_heads 3"),
         ("data.row_tokens=1024", r"data\.row_tokens 1024 is more than .*max_position_embeddings 512"),
-        ("data.tokens=null", r"data\.tokens.*: Input is not a valid path"),
+        ("data.tokens=null", r"data\.tokens.*: a path is wanted .*, not None"),
+        ("output=5", r"output: a path is wanted .*, not 5"),
         ("model.size=354m", r"model: size '354m' is not known \(did you mean 345m\?\) \(known: 345m, 1\.3b, "),
         ("training.steps=true", r"training\.steps: .*true is no number"),
         ("runtime.micro_batch_samples=false", r"micro_batch_samples: .*false is no number"),
@@ -121,7 +133,10 @@ def test_a_resolved_recipe_gives_the_same_configuration(tmp_path: Path) -> None:
         ("runtime.recompute=some", r"runtime\.recompute: Input should be 'none', 'selective' or 'full', not 'some'"),
         ("mesh={shard: 1, keep_layers: true}", r"mesh: keep_layers is of weights that shard splits"),
         ("mesh={overlap: true}", r"mesh: overlap is of what sequence_parallel sends"),
-        ("model=5", r"model: Input should be a valid dictionary"),
+        ("model=5", r"model: a section with the keys size, start_from, .* is wanted, not 5"),
+        ("data.tokens=[a, b]", r"blend\.0: a section with the keys prefix, weight is wanted, not 'a'"),
+        ("optimizer.learning_rate=.inf", r"optimizer\.learning_rate: Input should be a finite number, not inf"),
+        ("optimizer.epsilon=.inf", r"optimizer\.epsilon: Input should be a finite number"),
         (
             "data.tokens=[{prefix: a, weight: 0}]",
             r"data\.tokens\.blend\.0\.weight: Input should be greater than 0, not 0",

@@ -1,5 +1,6 @@
 """The parts of training against formulas and against the model's own loss."""
 
+import json
 import math
 from pathlib import Path
 
@@ -204,4 +205,10 @@ def test_metrics_file_has_a_record_a_line(tmp_path: Path) -> None:
         sink.training(1, {"loss": 1.0, "tokens_per_second": 2.0})
         assert (tmp_path / "m.jsonl").read_text().count("\n") == 1
         sink.validation(2, {"loss": 0.5})
-    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 2
+        sink.validation(2, {"loss": float("inf"), "score": float("nan")})
+    lines = (tmp_path / "m.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    # RFC 8259, section 6: numeric values such as Infinity and NaN are not permitted
+    assert json.loads(lines[-1], parse_constant=pytest.fail) == {
+        "kind": "validation", "step": 2, "loss": None, "score": None,
+    }  # fmt: skip

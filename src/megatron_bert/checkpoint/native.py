@@ -28,6 +28,7 @@ __all__ = [
     "best_step",
     "checkpoint_of",
     "checkpoints_folder",
+    "is_checkpoint",
     "list_checkpoints",
     "load_model_weights",
     "newest_good",
@@ -59,6 +60,11 @@ def step_of(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     assert match, checkpoint
     return int(match[1])
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is one of a run's checkpoints, by its name and what lies in it; not looked into."""
+    return _NAME.fullmatch(folder.name) is not None and state_file(folder).is_file()
 
 
 def state_file(checkpoint: Path) -> Path:

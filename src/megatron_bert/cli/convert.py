@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SRC",
-        help="the output folder of a pretraining run; or a checkpoint of Megatron-LM's: a folder, a zip file or "
-        "model_optim_rng.pt",
+        help="the output folder of a pretraining run, or one of its checkpoints; or a checkpoint of Megatron-LM's: a "
+        "folder, a zip file or model_optim_rng.pt",
     )
     parser.add_argument("destination", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_bert.checkpoint.folder import check_config
 from megatron_bert.checkpoint.load import check_model, load_model, model_folder
 from megatron_bert.data.collation import Batch
 from megatron_bert.data.files import written_aside
@@ -91,7 +92,7 @@ def _check_outputs(task: Task[Any, Any], name: str, folder: Path, labels: Sequen
 def _task(name: str, folder: Path) -> tuple[Task[Any, Any], int]:
     """The task with the settings that lie beside the model, and the tokens of a text."""
     file, kind = folder / TASK_FILE, task_class(name)
-    positions = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings", 512)
+    positions = check_config(folder).max_position_embeddings
     if not file.is_file():
         return task_of(name, kind.settings_class()), min(_MAX_LENGTH, positions)
     try:

@@ -44,6 +44,7 @@ __all__ = ["TASK_FILE", "Outcome", "Report", "finetune"]
 log = logging.getLogger(__name__)
 
 TASK_FILE = "task.json"  # in a model's folder: which task it was trained for, and how
+_RESULTS = ("adapter", "scores.json", "predictions-validation.jsonl", "predictions-test.jsonl")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _run(setup: RunSetup, *, overwrite: bool, allow: Sequence[str], progress: bo
     configuration, ranks, steps = setup.configuration, setup.inputs.ranks, setup.training.steps
     folder = configuration.output
     identity = agreed(lambda: setup.identity)
-    session = Session(configuration, steps, ranks, identity, steps_key="training.epochs")
+    session = Session(configuration, steps, ranks, identity, steps_key="training.epochs", results=_RESULTS)
     checkpoint = None if overwrite else from_first(lambda: session.checkpoint(allow))
     state, objective = setup.begin(checkpoint)
     selection = Selection(setup.configuration.training.patience)

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from megatron_bert.checkpoint.folder import check_config
 from megatron_bert.checkpoint.native import read_state
 from megatron_bert.data.batches import BatchLayout
 from megatron_bert.data.content import content_of_model
@@ -88,6 +89,7 @@ def _read(name: str, configuration: FinetuneConfiguration, device: torch.device,
     data, start_from = configuration.data, configuration.model.start_from
     if not start_from.is_dir():
         raise UserError(f"model.start_from {start_from}: no such folder")
+    check_config(start_from)
     task = task_of(name, configuration.task)
     files = {"train": data.train, "validation": data.validation, **({"test": data.test} if data.test else {})}
     for key, file in files.items():

@@ -78,6 +78,12 @@ class Section(BaseModel):
             raise ValueError(f"{str(value).lower()} is no number")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home_is_the_users(cls, value: Any) -> Any:
+        """`~/run` as a shell reads it; the folder would be called `~` otherwise."""
+        return value.expanduser() if isinstance(value, Path) and value.parts[:1] == ("~",) else value
+
     def as_yaml(self) -> str:
         """With every value spelled out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -100,7 +106,7 @@ class ModelSection(Section):
     max_position_embeddings: int = Field(512, gt=0)
     hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(0.02, gt=0, allow_inf_nan=False)
     vocabulary_multiple: int = Field(128, gt=0)  # the embedding has the tokenizer's entries, rounded up to this
 
     @model_validator(mode="before")
@@ -210,12 +216,12 @@ class OptimizerSection(Section):
 
     kind: Literal["adamw", "muon"] = "adamw"
     momentum: float = Field(0.95, ge=0, lt=1)  # Muon's
-    learning_rate: float = Field(gt=0)  # at the end of the warm-up
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)  # at the end of the warm-up
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0)  # of the gradient of all parameters together
+    epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
+    clip_norm: float = Field(1.0, gt=0)  # of the gradient of all parameters together; .inf: never
     schedule: Literal["linear", "cosine"] = "linear"  # how the rate falls from the warm-up's end to the last step
     final_share: float = Field(0.0, ge=0, le=1)  # of the learning rate: what it falls to
 
@@ -307,8 +313,11 @@ class PretrainConfiguration(Section):
                 f"data.row_tokens {self.data.row_tokens} is more than the model's "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
-        if self.runtime.packing and self.objective.kind == "causal":
-            raise ValueError("runtime.packing: rows of the causal objective are always full; leave it out")
+        short_share = type(self.data).model_fields["short_share"].default
+        refused = {"runtime.packing": self.runtime.packing, "data.short_share": self.data.short_share != short_share}
+        for name, is_set in refused.items():
+            if is_set and self.objective.kind == "causal":
+                raise ValueError(f"{name}: rows of the causal objective are always full; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -376,6 +385,10 @@ def _problem(error: Any, kind: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"{name} is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        message = f"a section with the keys {', '.join(_keys_of(path, kind))} is wanted"
+    if error["type"] == "path_type":
+        message = "a path is wanted (a number as a name in quotes)"
     value = error["input"]
     shown = "" if isinstance(value, dict | BaseModel) else f", not {value!r}"
     return f"{name}: {message}{shown}" if name else message
@@ -384,9 +397,7 @@ def _problem(error: Any, kind: type[BaseModel]) -> str:
 def _nearest(path: list[str], kind: type[BaseModel]) -> str:
     """`` (did you mean ...?)``: the most similar name, first among the same section's keys, then among all."""
     sections = _sections(kind)
-    own = sections.get(path[0], []) if len(path) > 1 else list(kind.model_fields)
-    if path[:2] == ["data", "tokens"]:
-        own = list(WeightedCorpus.model_fields)
+    own = _keys_of(path[:-1], kind)
     prefix = ".".join(path[:-1])
     found = difflib.get_close_matches(path[-1], own, n=1)
     if found:
@@ -395,7 +406,14 @@ def _nearest(path: list[str], kind: type[BaseModel]) -> str:
     found = difflib.get_close_matches(path[-1], everywhere, n=1)
     if found:
         return f" (did you mean {everywhere[found[0]]}?)"
-    return f" (known here: {', '.join(own)})"
+    return f" (known here: {', '.join(own)})" if own else f" ({prefix} has no keys)"
+
+
+def _keys_of(section: list[str], kind: type[BaseModel]) -> list[str]:
+    """The keys known in a section; the empty list: of the recipe itself."""
+    if section[:2] == ["data", "tokens"]:
+        return list(WeightedCorpus.model_fields)
+    return _sections(kind).get(section[0], []) if section else list(kind.model_fields)
 
 
 def _close(word: str, known: Iterable[str]) -> str:

@@ -97,9 +97,11 @@ class Corpus:
         parts = [f"{sum(map(len, indexes)):,} samples an epoch"]
         pairs = [index for index in indexes if isinstance(index, PairIndex)]
         if pairs:
-            alone = sum(len(index) - index.num_pairs for index in pairs)
+            if pairs[0].rules.pair != "none":
+                alone = sum(len(index) - index.num_pairs for index in pairs)
+                parts.append(f"{alone:,} of them without a pair")
             text, cut = np.sum([index.text_and_cut_tokens() for index in pairs], axis=0)
-            parts += [f"{alone:,} of them without a pair", f"{cut / text:.1%} of the tokens cut off"]
+            parts.append(f"{cut / text:.1%} of the tokens cut off")
         if empty := sum(index.num_empty_documents for index in indexes):
             parts.append(f"{empty:,} empty documents")
         if layout.packing:

@@ -14,8 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_bert.checkpoint.manifest import damage
 from megatron_bert.checkpoint.megatron import read_megatron
-from megatron_bert.checkpoint.native import checkpoints_folder, load_model_weights, newest_good, read_state, step_of
+from megatron_bert.checkpoint.native import (
+    checkpoints_folder,
+    is_checkpoint,
+    load_model_weights,
+    newest_good,
+    read_state,
+    step_of,
+)
 from megatron_bert.data.files import written_aside
 from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.data.vocabulary import fingerprint
@@ -122,6 +130,7 @@ def convert_run(
     meanwhile.
 
     Args:
+        run: its output folder; or one of its checkpoints, which is then the one to write.
         tokenizer: the run's, where it is no longer at its recipe's `data.tokenizer`.
         dtype: number type of the weights written; those of a checkpoint are float32, and are rounded to the nearest.
         overwrite: replace `folder`, which then has to be empty or a model's.
@@ -136,9 +145,14 @@ def convert_run(
     """
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; give the output folder of a pretraining run")
-    _check_destination(folder, run, overwrite=overwrite)
-    checkpoint = newest_good(run)
+    alone = run if is_checkpoint(run) else None
+    _check_destination(folder, run if alone is None else alone.resolve().parents[1], overwrite=overwrite)
+    checkpoint = alone or newest_good(run)
+    if alone and (problem := damage(alone)):
+        raise UserError(f"{alone} is damaged: {problem}; choose another one beside it, or the run's folder")
     state = read_state(checkpoint)
+    if "objective" not in state["recipe"]:
+        raise UserError(f"{run} is of a fine-tuning run, which leaves its model in model/ when it is finished")
     loaded = _tokenizer(tokenizer or Path(state["recipe"]["data"]["tokenizer"]), state["identity"]["data.tokenizer"])
     config = MegatronBertConfig.from_dict(state["config"])
     network = empty_network(config, ObjectiveSection.model_validate(state["recipe"]["objective"]))
@@ -150,8 +164,8 @@ def convert_run(
 
 
 def is_run(source: Path) -> bool:
-    """Whether `source` looks like the output folder of a pretraining run."""
-    return checkpoints_folder(source).is_dir()
+    """Whether `source` looks like the output folder of a run of ours, or one of its checkpoints."""
+    return checkpoints_folder(source).is_dir() or is_checkpoint(source)
 
 
 def convert_megatron(

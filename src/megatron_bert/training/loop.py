@@ -62,8 +62,12 @@ class Run:
     @property
     def is_done(self) -> bool:
         """Whether the last step is done, or nothing got better for too long."""
-        is_last = self.state.step >= self.training.steps
-        return is_last or (self.selection is not None and self.selection.is_exhausted(self.state.best))
+        return self.state.step >= self.training.steps or self.is_exhausted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether nothing got better for too long."""
+        return self.selection is not None and self.selection.is_exhausted(self.state.best)
 
 
 def train(run: Run, sink: MetricsSink) -> None:
@@ -83,12 +87,16 @@ def train(run: Run, sink: MetricsSink) -> None:
             rate, norm = _step(run, skipped)
             sink.step_done()
             final = state.step == run.training.steps
-            if state.step % runtime.log_every_steps == 0 or final:
+            is_recorded = state.step % runtime.log_every_steps == 0 or final
+            if is_recorded:
                 skipped.count()
                 _record(run, sink, rate, norm)
             is_better = False
             if run.evaluate and (state.step % run.evaluate_every_steps == 0 or final):
                 is_better = _evaluate(run, run.evaluate, sink)
+            if run.is_exhausted and not is_recorded:
+                skipped.count()
+                _record(run, sink, rate, norm)
             if is_better or state.step % runtime.checkpoint_every_steps == 0:
                 skipped.count()
                 run.save()

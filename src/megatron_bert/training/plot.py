@@ -64,7 +64,7 @@ def plot_runs(runs: Sequence[Path], picture: Path | None = None) -> Path:
     figure = Figure(figsize=(11, 7))
     figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.88, wspace=0.18, hspace=0.36)
     is_task = any(SCORE in record for found in records for record in found if record["kind"] == "validation")
-    names = [""] if len(runs) == 1 else [f"{run.resolve().name}: " for run in runs]
+    names = _names(runs)
     for axes, (title, quantities, logarithmic) in zip(
         figure.subplots(2, 2).flat, _TASK if is_task else _PRETRAINING, strict=True
     ):
@@ -78,12 +78,21 @@ def plot_runs(runs: Sequence[Path], picture: Path | None = None) -> Path:
     return target
 
 
+def _names(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart in a legend: their folders' names, or where two have the same, their paths."""
+    if len(runs) == 1:
+        return [""]
+    names = [run.resolve().name for run in runs]
+    return [f"{name if names.count(name) == 1 else run}: " for name, run in zip(names, runs, strict=True)]
+
+
 def _draw(axes: Axes, quantities: dict[str, str], records: Records, run: str, first_color: int) -> None:
     """Training as thin lines, validation as thick ones with a mark at each evaluation, in the same colour."""
     styles: dict[str, dict[str, Any]] = {"training": {"linewidth": 1.0, "alpha": 0.7}, "validation": {"marker": "o"}}
     for at, (name, label) in enumerate(quantities.items(), start=first_color):
         for kind, style in styles.items():
-            points = [(record["step"], record[name]) for record in records if record["kind"] == kind and name in record]
+            found = [record for record in records if record["kind"] == kind and record.get(name) is not None]
+            points = [(record["step"], record[name]) for record in found]
             if points:
                 axes.plot(*zip(*points, strict=True), label=f"{run}{label}, {kind}", color=f"C{at % 10}", **style)
 

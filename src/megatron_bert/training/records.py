@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +30,10 @@ class RecordFile:
         os.ftruncate(self._file, self._end)
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Adds a record as one line."""
+        """Adds a record as one line; JSON has no infinity and no NaN, which are null there."""
         before = bool(self._pending)
-        self._pending += json.dumps(record).encode() + b"\n"
+        numbers = {name: None if _is_no_number(value) else value for name, value in record.items()}
+        self._pending += json.dumps(numbers, allow_nan=False).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -68,6 +70,10 @@ class RecordFile:
             raise
         self._end += done
         self._pending = b""
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _kept_bytes(content: bytes, last_step: int) -> int:

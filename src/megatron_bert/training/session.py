@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_bert.checkpoint.native import checkpoints_folder, list_checkpoints, newest_good, read_state
+from megatron_bert.checkpoint.native import checkpoints_folder, list_checkpoints, newest_good, read_state, state_file
 from megatron_bert.checkpoint.writer import CheckpointWriter, remove_unfinished
 from megatron_bert.data.files import written_aside
 from megatron_bert.errors import SharedError, UserError
@@ -63,6 +63,7 @@ class Session:
         steps: of the whole run.
         identity: what decides its result, see `resume`.
         steps_key: the key of the recipe that decides how many steps there are.
+        results: names of what else it leaves in the folder, beside the model.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class Session:
     ranks: Ranks
     identity: Mapping[str, Any]
     steps_key: str = "training.steps"
+    results: Sequence[str] = ()
 
     @property
     def folder(self) -> Path:
@@ -101,7 +103,7 @@ class Session:
             raise UserError(
                 f"{self.folder} has done {state.step} steps already, more than {self.steps_key}{said} {self.steps}"
             )
-        if not is_done or not (self.folder / "model").exists():
+        if not is_done or not self._has_its_model():
             return False
         log.info(
             "%s is finished: all %d steps are done; --overwrite starts over, and --set %s=N with --allow %s goes on",
@@ -112,12 +114,19 @@ class Session:
         )
         return True
 
+    def _has_its_model(self) -> bool:
+        """Whether the model is there, and not that of an earlier end, before the run went on with more steps."""
+        written, saved = self.folder / "model" / "config.json", state_file(list_checkpoints(self.folder)[0])
+        return written.exists() and written.stat().st_mtime_ns >= saved.stat().st_mtime_ns
+
     def make_room(self, *, overwrite: bool) -> None:
         """Removes what a killed process left half-written, and with `overwrite` the run; writes the recipe."""
         folder = self.folder
         if overwrite:
             for left in (checkpoints_folder(folder), folder / "model", folder / "tensorboard"):
                 shutil.rmtree(left, ignore_errors=True)
+            for result in map(folder.joinpath, self.results):
+                shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
         remove_unfinished(folder)
         with written_aside(folder / "recipe.yaml") as aside:
             aside.write_text(self.recipe.as_yaml(), encoding="utf-8")

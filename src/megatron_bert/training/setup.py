@@ -230,6 +230,8 @@ def _device(name: str) -> torch.device:
     """The device; with several processes, this one's."""
     if name == "auto":
         return local_device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"runtime.device {name!r}: training is on a CPU or a CUDA GPU; write auto, cpu or cuda")
     try:
         device = torch.device(name)
     except RuntimeError as error:
