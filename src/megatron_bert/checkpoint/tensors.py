@@ -62,7 +62,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
         OSError: what the file system says.
     """
     assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    writer = _Writer(folder, sync_files=False)  # whoever renames the folder syncs all of its files
+    writer = _Writer(folder, sync_files=False)  # `CheckpointWriter` syncs all files of a process
     try:
         save(dict(tensors), storage_writer=writer, process_group=group)
     except (CheckpointException, RuntimeError) as error:
