@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from megatron_bert.errors import UserError
-from megatron_bert.training.configuration import MeshSection, load_configuration
+from megatron_bert.parallel.region import local_part
+from megatron_bert.training.configuration import MeshSection, OptimizerSection, load_configuration
+from megatron_bert.training.execution import build_objective
+from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.ranks import Ranks
+from megatron_bert.training.step import train_step
+from tests.distributed.cases import build, mesh_of
+from tests.unit.test_training_parts import batch
 
 
 def trains(recipe: Path, *overrides: str) -> Any:
@@ -24,3 +32,31 @@ def trains(recipe: Path, *overrides: str) -> Any:
 def layout(**options: bool) -> list[int]:
     """Of processes where the recipe says nothing of it."""
     return Ranks.of(MeshSection(), torch.device("cpu"), **options).layout
+
+
+def leaves_out_a_step(spoilt_rank: int, *, replicate: int = 1) -> None:
+    """One rank's part of one gradient is infinite, and nobody else sees it: no rank moves, and all go on after it."""
+
+    class Spoilt(Ranks):
+        def gradient_norm(self, model: nn.Module) -> Tensor:
+            if dist.get_rank() == spoilt_rank:
+                gradient: Any = dict(model.named_parameters())["bert.encoder.layer.0.output.dense.weight"].grad
+                local_part(gradient)[0, 0] = float("inf")
+            return super().gradient_norm(model)
+
+    mesh, model = mesh_of(2, replicate=replicate), build()
+    objective = build_objective(
+        model, torch.device("cpu"), precision="float32", rows=4, row_tokens=24, predicted_share=0.15, mesh=mesh
+    )
+    optimizer = build_optimizer(model, OptimizerSection(learning_rate=1e-2))
+
+    def step(ranks: Ranks) -> list[Tensor]:
+        micro = objective.micro_batch(batch(seed=mesh.data_rank))
+        applied = train_step(objective, optimizer, [micro], clip_norm=1.0, ranks=ranks).applied
+        assert bool(applied) == (type(ranks) is Ranks)
+        counts = [state["step"].clone() for state in optimizer.state.values()]
+        return [local_part(one).detach().clone() for one in model.parameters()] + counts
+
+    before = step(Ranks(mesh))
+    assert all(torch.equal(one, other) for one, other in zip(step(Spoilt(mesh)), before, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(step(Ranks(mesh)), before, strict=True))
