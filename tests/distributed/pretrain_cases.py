@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_bert.checkpoint.writer import CheckpointWriter, Snapshot
 from megatron_bert.errors import UserError
 from megatron_bert.parallel.region import local_part
+from megatron_bert.parallel.watch import Watch
 from megatron_bert.training.configuration import MeshSection, OptimizerSection, load_configuration
 from megatron_bert.training.execution import build_objective
 from megatron_bert.training.optimizer import build_optimizer
@@ -27,6 +31,24 @@ def trains(recipe: Path, *overrides: str) -> Any:
         return pretrain(load_configuration(recipe, overrides)).step
     except UserError as error:
         return str(error)
+
+
+def is_unwatched_while_it_waits_for_its_last_checkpoint(recipe: Path, *overrides: str) -> bool:
+    """Whether nothing ends a run of which a slow disk is all that is left: writing begins when the watch is over."""
+    over, waited = threading.Event(), list[bool]()
+    plain_exit, plain_write = Watch.__exit__, CheckpointWriter._write
+
+    def leave(watch: Watch, *error: Any) -> None:
+        plain_exit(watch, *error)
+        over.set()
+
+    def write(writer: CheckpointWriter, snapshot: Snapshot) -> OSError | None:
+        waited.append(over.wait(10))
+        return plain_write(writer, snapshot)
+
+    with patch.object(Watch, "__exit__", leave), patch.object(CheckpointWriter, "_write", write):
+        trains(recipe, *overrides)
+    return waited == [True]
 
 
 def layout(**options: bool) -> list[int]:
