@@ -24,8 +24,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from megatron_bert.checkpoint import writer
 from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.checkpoint.tensors import read_tensors, write_tensors
+from megatron_bert.checkpoint.writer import CheckpointWriter, Snapshot
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertForMaskedLM, MegatronBertForPreTraining
 from megatron_bert.model.packing import PackedLayout, layout_of_boundaries, layout_of_padding
@@ -68,6 +70,7 @@ def mesh_of(tensor: int, sequence_parallel: bool = False, replicate: int = 1, ov
 def overlap_on_cpus() -> None:
     """The overlapped operators do on CPUs what they do on GPUs, one thing after the other."""
     overlap._Mailbox, overlap._now = SharedMailbox, lambda: None
+    overlap.summed = lambda slots: slots.float().sum(0).to(slots.dtype)
     for operator in (
         overlap.gather_multiply, overlap.gather_multiply_backward,
         overlap.multiply_scatter, overlap.multiply_scatter_backward,
@@ -377,6 +380,28 @@ def says_that_a_disk_is_full(folder: Path) -> None:
             write_tensors(folder, tensors)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def saves_to_a_folder_that_is_not_shared(run: Path) -> tuple[str, list[str]]:
+    """What becomes of a checkpoint whose parts lie on two machines, and the files that this process got onto its disk.
+    Here the other one's parts go when they are written.
+    """
+    synced = list[str]()
+
+    class Apart(CheckpointWriter):
+        def _fill(self, aside: Path, snapshot: Snapshot) -> Any:
+            files = super()._fill(aside, snapshot)
+            for name in files if dist.get_rank() else ():
+                (aside / name).unlink()
+            return files
+
+    value = distribute_tensor(torch.ones(4, 4), mesh_of(1).device_mesh["shard"], [Shard(0)])
+    with (
+        patch.object(writer, "sync", lambda file: synced.append(file.name)),
+        Apart(run, 1, dist.group.WORLD) as saving,
+    ):
+        saving.save(Snapshot(1, {"model.one": value}, {}, {}))
+        return str(saving.wait()), synced
 
 
 def state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from megatron_bert.errors import UserError
+from megatron_bert.parallel.watch import Watch
 from megatron_bert.tasks.configuration import configuration_of
 from megatron_bert.tasks.finetune import finetune
 from megatron_bert.tasks.table import task_class
@@ -19,3 +21,16 @@ def finetunes(task: str, recipe: Path, *overrides: str) -> Any:
     except UserError as error:
         return str(error)
     return [(outcome.step, outcome.best_step, outcome.scores) for outcome in report.runs]
+
+
+def places_in(task: str, recipe: Path, *overrides: str) -> list[str]:
+    """What such a run tells the watch that it goes on to, which ends a run that is at one thing for too long."""
+    plain, said = Watch.at, list[str]()
+
+    def at(watch: Watch, what: str) -> None:
+        said.append(what)
+        plain(watch, what)
+
+    with patch.object(Watch, "at", at):
+        finetunes(task, recipe, *overrides)
+    return said

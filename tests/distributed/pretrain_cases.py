@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from megatron_bert.checkpoint.writer import CheckpointWriter, Snapshot
 from megatron_bert.errors import UserError
-from megatron_bert.training.configuration import MeshSection, load_configuration
+from megatron_bert.parallel.region import local_part
+from megatron_bert.parallel.watch import Watch
+from megatron_bert.training.configuration import MeshSection, OptimizerSection, load_configuration
+from megatron_bert.training.execution import build_objective
+from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.pretrain import pretrain
 from megatron_bert.training.ranks import Ranks
+from megatron_bert.training.step import train_step
+from tests.distributed.cases import build, mesh_of
+from tests.unit.test_training_parts import batch
 
 
 def trains(recipe: Path, *overrides: str) -> Any:
@@ -21,6 +33,52 @@ def trains(recipe: Path, *overrides: str) -> Any:
         return str(error)
 
 
+def is_unwatched_while_it_waits_for_its_last_checkpoint(recipe: Path, *overrides: str) -> bool:
+    """Whether nothing ends a run of which a slow disk is all that is left: writing begins when the watch is over."""
+    over, waited = threading.Event(), list[bool]()
+    plain_exit, plain_write = Watch.__exit__, CheckpointWriter._write
+
+    def leave(watch: Watch, *error: Any) -> None:
+        plain_exit(watch, *error)
+        over.set()
+
+    def write(writer: CheckpointWriter, snapshot: Snapshot) -> OSError | None:
+        waited.append(over.wait(10))
+        return plain_write(writer, snapshot)
+
+    with patch.object(Watch, "__exit__", leave), patch.object(CheckpointWriter, "_write", write):
+        trains(recipe, *overrides)
+    return waited == [True]
+
+
 def layout(**options: bool) -> list[int]:
     """Of processes where the recipe says nothing of it."""
     return Ranks.of(MeshSection(), torch.device("cpu"), **options).layout
+
+
+def leaves_out_a_step(spoilt_rank: int, *, replicate: int = 1) -> None:
+    """One rank's part of one gradient is infinite, and nobody else sees it: no rank moves, and all go on after it."""
+
+    class Spoilt(Ranks):
+        def gradient_norm(self, model: nn.Module) -> Tensor:
+            if dist.get_rank() == spoilt_rank:
+                gradient: Any = dict(model.named_parameters())["bert.encoder.layer.0.output.dense.weight"].grad
+                local_part(gradient)[0, 0] = float("inf")
+            return super().gradient_norm(model)
+
+    mesh, model = mesh_of(2, replicate=replicate), build()
+    objective = build_objective(
+        model, torch.device("cpu"), precision="float32", rows=4, row_tokens=24, predicted_share=0.15, mesh=mesh
+    )
+    optimizer = build_optimizer(model, OptimizerSection(learning_rate=1e-2))
+
+    def step(ranks: Ranks) -> list[Tensor]:
+        micro = objective.micro_batch(batch(seed=mesh.data_rank))
+        applied = train_step(objective, optimizer, [micro], clip_norm=1.0, ranks=ranks).applied
+        assert bool(applied) == (type(ranks) is Ranks)
+        counts = [state["step"].clone() for state in optimizer.state.values()]
+        return [local_part(one).detach().clone() for one in model.parameters()] + counts
+
+    before = step(Ranks(mesh))
+    assert all(torch.equal(one, other) for one, other in zip(step(Spoilt(mesh)), before, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(step(Ranks(mesh)), before, strict=True))

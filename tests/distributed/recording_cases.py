@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megatron_bert.data.labelled import collate_labelled
 from megatron_bert.data.masking import IGNORED
 from megatron_bert.errors import SharedError
 from megatron_bert.model import MegatronBertConfig
+from megatron_bert.parallel import overlap
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.parallelize import parallelize
 from megatron_bert.training.configuration import OptimizerSection
@@ -26,7 +28,7 @@ from megatron_bert.training.optimizer import build_optimizer
 from megatron_bert.training.ranks import Ranks
 from megatron_bert.training.step import train_step
 from megatron_bert.training.supervised import HEADS, SupervisedObjective, target_kind
-from tests.distributed.cases import build, mesh_of
+from tests.distributed.cases import SharedMailbox, build, mesh_of, overlap_on_cpus
 from tests.unit.test_graphs import Replayed
 from tests.unit.test_step import packed
 from tests.unit.test_supervised import CASES, SHAPE, rows, samples
@@ -110,6 +112,28 @@ def a_recording_that_fails_on_one_rank(*, sharded: bool) -> None:
     logging.getLogger("megatron_bert").removeHandler(handler)
     assert not graphs.replays
     assert ["not recorded" in one and "no room" in one for one in said] == ([] if sharded else [True])
+
+
+def mailboxes_after_such_a_recording() -> None:
+    """One rank was in a first product when it failed. All wait for each other before the next one, or none does."""
+    overlap_on_cpus()
+    plain, like, waits = FailsOnOneRank._record, torch.zeros(1), list[Any]()
+
+    def use(kind: str) -> None:
+        overlap._mailbox(kind, dist.group.WORLD.group_name, like, (1, 1))
+
+    def record(self: Any, *args: Any) -> Any:
+        if dist.get_rank() == 1:
+            use("gather")
+        return plain(self, *args)
+
+    use("gather")
+    use("scatter")
+    with patch.object(FailsOnOneRank, "_record", record):
+        a_recording_that_fails_on_one_rank(sharded=False)
+    with patch.object(SharedMailbox, "barrier", lambda box: waits.append(box)):
+        use("gather")
+    assert everywhere(len(waits)) == [len(waits)] * dist.get_world_size()
 
 
 @dataclass

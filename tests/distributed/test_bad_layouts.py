@@ -1,9 +1,13 @@
 """Layouts that cannot be are refused in one line."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig
+from megatron_bert.parallel.overlap import check_overlap
 from megatron_bert.parallel.tensor import check_degree
 from tests.distributed import cases
 
@@ -45,3 +49,17 @@ def test_shapes_that_cannot_be_split(changes, message):
     shape = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 256, "vocab_size": 1024}
     with pytest.raises(UserError, match=message):
         check_degree(MegatronBertConfig(**{**shape, **changes}), 8)
+
+
+def test_overlap_of_several_hosts(monkeypatch):
+    """A host may have as many GPUs as a group has ranks, and other ranks than those."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, other: True)
+    mesh = SimpleNamespace(device_type="cuda", size=lambda: 4)
+    for processes in ("2", "6"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        with pytest.raises(UserError, match="a tensor-parallel group within one host"):
+            check_overlap(mesh)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    check_overlap(mesh)

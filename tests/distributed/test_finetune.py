@@ -90,3 +90,11 @@ def test_what_cannot_be_is_said_to_all(world: Callable[[int], World], folder: Pa
         said = world(2).run(finetune_cases.finetunes, "ner", folder / "ner.yaml", f"output={folder / 'no'}", *overrides)
         assert message in said[0]
         assert said == 2 * said[:1]
+
+
+def test_an_evaluation_is_seen_to_move_on(world: Callable[[int], World], folder: Path) -> None:
+    """With each batch: all of them may take longer than a process is waited for."""
+    overrides = (f"output={folder / 'seen'}", "training.epochs=0.2", "runtime.micro_batch_samples=2")
+    for said in world(2).run(finetune_cases.places_in, "ner", folder / "ner.yaml", *overrides):
+        evaluations = [what for what in said if what.startswith("the evaluation after step")]
+        assert len(evaluations) > len(set(evaluations)) > 0

@@ -57,7 +57,7 @@ def test_a_layer_under_sequence_parallelism(world):
 def test_an_overlapped_layer_leaves_no_collective_alone(world):
     """Each of the eight is done together with the product beside it: queries, keys and values are one product."""
     assert world(2).run(layer_cases.overlapped_traffic)[0] == {
-        "forward": 2 * ["gather_multiply", "multiply_scatter"],
+        "forward": 2 * ["gather_and_multiply", "multiply_scatter"],
         "backward": 2 * ["multiply_scatter_backward", "gather_multiply_backward"],
     }
 

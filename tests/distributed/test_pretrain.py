@@ -86,6 +86,17 @@ def test_weights_are_shared_where_they_have_to_be(world: Callable[[int], World])
     assert world(4).run(pretrain_cases.layout) == 4 * [[1, 4, 1, 0]]
 
 
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_a_step_that_one_rank_cannot_apply(world: Callable[[int], World], replicate: int) -> None:
+    world(4).run(pretrain_cases.leaves_out_a_step, 3, replicate=replicate)
+
+
+def test_a_last_checkpoint_takes_its_time(world: Callable[[int], World], folder: Path, tmp_path: Path) -> None:
+    overrides = (f"output={tmp_path / 'run'}", "training.steps=3", "mesh.tensor=2")
+    case = pretrain_cases.is_unwatched_while_it_waits_for_its_last_checkpoint
+    assert all(world(2).run(case, folder / "recipe.yaml", *overrides))
+
+
 def test_muon_on_a_mesh(world: Callable[[int], World], folder: Path) -> None:
     """Its iteration rounds to bfloat16: a rounding of float32 before it may come out as one of bfloat16."""
     recipe, muon = folder / "recipe.yaml", ["optimizer.kind=muon", "training.steps=10"]

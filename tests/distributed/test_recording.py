@@ -18,5 +18,9 @@ def test_a_recording_that_fails_on_one_rank(world, sharded):
     world(2).run(recording_cases.a_recording_that_fails_on_one_rank, sharded=sharded)
 
 
+def test_mailboxes_after_such_a_recording(world):
+    world(2).run(recording_cases.mailboxes_after_such_a_recording)
+
+
 def test_sharded_regression_keeps_its_targets(world):
     world(2).run(recording_cases.targets_stay_what_they_are)

@@ -167,6 +167,14 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, override: str, message: str
     assert "\n" not in str(caught.value)
 
 
+def test_memory_for_what_overlaps_is_of_one_shape(tmp_path: Path) -> None:
+    """Whoever does not compile has batches of ever new shapes, and memory for each."""
+    mesh = "mesh={tensor: 2, sequence_parallel: true, overlap: true}"
+    assert load(tmp_path, mesh).mesh.overlap
+    with pytest.raises(UserError, match=r"mesh\.overlap is for batches of one shape, which only compiled layers have"):
+        load(tmp_path, mesh, "runtime.compile=false")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -62,6 +62,17 @@ def test_other_shapes_and_names_are_refused(tmp_path: Path) -> None:
         read_tensors(tmp_path, {"model.z": torch.zeros(8)})
 
 
+def test_what_the_file_system_says_in_reading(tmp_path: Path) -> None:
+    write_tensors(tmp_path, tensors())
+    next(tmp_path.glob("*.distcp")).unlink()
+    for read in (
+        lambda: read_tensors(tmp_path, {"model.b": torch.zeros(7).bfloat16()}),
+        lambda: read_all_tensors(tmp_path),
+    ):
+        with pytest.raises(FileNotFoundError):
+            read()
+
+
 class Mischief:
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -26,8 +26,10 @@ from megatron_bert.training.metrics import MetricsSink
 from megatron_bert.training.microbatch import FixedShapes
 from megatron_bert.training.objective import Objective
 from megatron_bert.training.optimizer import build_optimizer
+from megatron_bert.training.ranks import ALONE
 from megatron_bert.training.records import RecordFile
 from megatron_bert.training.resume import refuse_changes
+from megatron_bert.training.setup import begun_state
 from megatron_bert.training.skipped import NotFinite, SkippedSteps
 from megatron_bert.training.state import TrainState, Window, restore, snapshot
 from megatron_bert.training.step import train_step
@@ -131,8 +133,14 @@ def test_compiled_shapes_are_remembered(tmp_path: Path) -> None:
     whole, other = fresh_state(), fresh_state()
     whole.shapes = FixedShapes(4, 32, 0.15)
     whole.shapes.room(predicted=77, sequences=5)
-    restore(other, saved(whole, tmp_path))
+    checkpoint = saved(whole, tmp_path)
+    restore(other, checkpoint)
     assert other.shapes == whole.shapes
+    for rows in (4, 2):  # the same micro-batches; smaller ones, which four rows would double
+        objective = Objective(other.model, CPU, shapes=FixedShapes(rows, 32, 0.15))
+        state = begun_state(other.model, objective, OptimizerSection(learning_rate=1e-2), checkpoint, ALONE)
+        assert objective.shapes is state.shapes
+        assert state.shapes == (whole.shapes if rows == 4 else FixedShapes(2, 32, 0.15))
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

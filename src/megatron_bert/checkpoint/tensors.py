@@ -62,7 +62,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
         OSError: what the file system says.
     """
     assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
-    writer = _Writer(folder, sync_files=False)  # whoever renames the folder syncs all of its files
+    writer = _Writer(folder, sync_files=False)  # `CheckpointWriter` syncs all files of a process
     try:
         save(dict(tensors), storage_writer=writer, process_group=group)
     except (CheckpointException, RuntimeError) as error:
@@ -74,6 +74,7 @@ def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
 
     Raises:
         UserError: a name is missing from the checkpoint or has another shape, or the index holds what it should not.
+        OSError: what the file system says.
     """
     shapes = tensor_shapes(folder)
     for name, target in targets.items():
@@ -83,7 +84,7 @@ def read_tensors(folder: Path, targets: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"{folder}: {name} has the shape {list(shapes[name][0])}, but the model's is {list(target.shape)}"
             )
-    load(dict(targets), storage_reader=_Reader(folder), planner=_Planner())
+    _load(folder, targets)
 
 
 def read_all_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ def read_all_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """
     shapes = {name: shape for name, shape in tensor_shapes(folder).items() if name.startswith(prefix)}
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes.items()}
-    load(dict(tensors), storage_reader=_Reader(folder), planner=_Planner(), no_dist=True)
+    _load(folder, tensors, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -110,6 +111,13 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         for name, entry in entries.items()
         if isinstance(entry, metadata.TensorStorageMetadata)
     }
+
+
+def _load(folder: Path, targets: Mapping[str, Tensor], *, no_dist: bool = False) -> None:
+    try:
+        load(dict(targets), storage_reader=_Reader(folder), planner=_Planner(), no_dist=no_dist)
+    except CheckpointException as error:  # which is no `Exception`
+        raise _cause(error) from error
 
 
 class _IndexUnpickler(pickle.Unpickler):

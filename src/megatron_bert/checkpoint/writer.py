@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -135,12 +136,19 @@ class CheckpointWriter:
         if not self._rank:
             state_file(aside).write_text(json.dumps(snapshot.state), encoding="utf-8")
             mine += [state_file(aside), aside / ".metadata"]
+        for file in mine:
+            sync(file)  # by the machine that wrote it; another one cannot
         return describe(mine)
 
     def _finish(self, aside: Path, step: int, files: Sequence[Files], stack: ExitStack) -> None:
         """The first process makes it a checkpoint."""
         if self._rank:
             return
+        for name in (name for part in files for name in part):
+            if not (aside / name).is_file():
+                raise FileNotFoundError(
+                    errno.ENOENT, f"{name}, of another process, is not here: all nodes have to share the output folder"
+                )
         write_manifest(aside, files)
         stack.close()
         sync(checkpoints_folder(self._run))

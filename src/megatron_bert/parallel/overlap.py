@@ -11,6 +11,7 @@ T tokens of all ranks, one rank's after the other's; t = T / degree of one; K in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_bert.errors import UserError
 
-__all__ = ["check_overlap", "gathered_product", "scattered_product", "summed"]
+__all__ = ["check_overlap", "forget_the_last", "gathered_product", "scattered_product", "summed"]
 
 
 def check_overlap(mesh: DeviceMesh) -> None:
@@ -33,8 +34,11 @@ def check_overlap(mesh: DeviceMesh) -> None:
     if mesh.device_type != "cuda":
         raise UserError("mesh.overlap copies from one GPU's memory to another's: leave it out on CPUs")
     here, devices = torch.cuda.current_device(), range(torch.cuda.device_count())
-    if mesh.size() > len(devices) or not all(
-        torch.cuda.can_device_access_peer(here, other) for other in devices if other != here
+    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size()))  # in order: groups that divide them are within it
+    if (
+        mesh.size() > len(devices)
+        or of_host % mesh.size()
+        or not all(torch.cuda.can_device_access_peer(here, other) for other in devices if other != here)
     ):
         raise UserError("mesh.overlap needs a tensor-parallel group within one host, whose GPUs reach each other's "
                         "memory (NVLink); leave it out here")  # fmt: skip
@@ -60,17 +64,23 @@ class _Mailbox:
 
     Attributes:
         slots: (degree, t, features), this rank's: the one at n is written by the rank n.
-        after: the other ranks, to whom this one sends in this order.
-        before: the other ranks, whose tokens arrive in this order.
     """
 
     def __init__(self, group: dist.ProcessGroup, like: Tensor, shape: Sequence[int]) -> None:
         self.degree, self.rank = group.size(), group.rank()
         self.slots = symmetric_memory.empty(self.degree, *shape, dtype=like.dtype, device=like.device)
         self._memory = symmetric_memory.rendezvous(self.slots, group)
-        others = range(1, self.degree)
-        self.after, self.before = ([(self.rank + sign * n) % self.degree for n in others] for sign in (1, -1))
         self._side = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+
+    @property
+    def after(self) -> list[int]:
+        """The other ranks, to whom this one sends in this order."""
+        return [(self.rank + n) % self.degree for n in range(1, self.degree)]
+
+    @property
+    def before(self) -> list[int]:
+        """The other ranks, whose tokens arrive in this order."""
+        return [(self.rank - n) % self.degree for n in range(1, self.degree)]
 
     @contextmanager
     def beside(self, event: torch.cuda.Event) -> Iterator[None]:
@@ -113,24 +123,31 @@ def _now() -> torch.cuda.Event:
 class _Mailboxes:
     """Those of a group of ranks, some for gathering and some for scattering, which are done in turn: a layer's passes
     begin with the one and end with the other. So between two uses of a mailbox there is a barrier in the other's, which
-    nobody has passed before all have read. Where two of a kind follow each other, there is a barrier between them.
+    nobody has passed before all have read. Where two of a kind follow each other, or it is not known what came before,
+    there is a barrier between them.
     """
 
     def __init__(self) -> None:
         self._all: dict[Any, _Mailbox] = {}
-        self._last = ""
+        self.last: str | None = None
 
     def take(self, kind: str, group: dist.ProcessGroup, like: Tensor, shape: Sequence[int]) -> _Mailbox:
         key = (kind, like.dtype, like.device, *shape)
         if key not in self._all:
             self._all[key] = _Mailbox(group, like, shape)
-        if self._last == kind:
+        if self.last in (kind, None):
             self._all[key].barrier()
-        self._last = kind
+        self.last = kind
         return self._all[key]
 
 
 _mailboxes: WeakKeyDictionary[dist.ProcessGroup, _Mailboxes] = WeakKeyDictionary()
+
+
+def forget_the_last() -> None:
+    """To be called by all ranks where some may have been further than others in a pass that was not done."""
+    for boxes in _mailboxes.values():
+        boxes.last = None
 
 
 def _ranks(group: str) -> dist.ProcessGroup:
@@ -150,8 +167,9 @@ def gather_multiply(states: Tensor, weight: Tensor, group: str) -> tuple[Tensor,
     """All ranks' states times the weight (T, N), and the states (T, K)."""
     states = states.contiguous()
     box = _mailbox("gather", group, states, states.shape)
-    product, arrived = _gathered_product(box, states, weight.mT)
+    # Before the products, on which the copy into it does not wait: it must be no memory that they let go of.
     gathered = torch.empty_like(box.slots)
+    product, arrived = _gathered_product(box, states, weight.mT)
     with box.beside(arrived):
         gathered.copy_(box.slots)
     box.rejoin()

@@ -8,7 +8,14 @@ from typing import Any, Literal, Self
 from pydantic import Field, create_model, model_validator
 
 from megatron_bert.tasks.task import Task, TaskSettings
-from megatron_bert.training.configuration import ComputeSection, MeshSection, ModelFolder, OptimizerSection, Section
+from megatron_bert.training.configuration import (
+    ComputeSection,
+    MeshSection,
+    ModelFolder,
+    OptimizerSection,
+    Section,
+    refuse_overlap_of_any_shape,
+)
 
 __all__ = [
     "FinetuneConfiguration",
@@ -77,6 +84,11 @@ class FinetuneConfiguration(Section):
     lora: LoraSection | None = None
     runtime: ComputeSection = ComputeSection()
     mesh: MeshSection = MeshSection()
+
+    @model_validator(mode="after")
+    def _overlap_has_shapes(self) -> Self:
+        refuse_overlap_of_any_shape(self.runtime, self.mesh)
+        return self
 
     @property
     def seed(self) -> int:

@@ -163,8 +163,8 @@ def _wire(
     peak = measured_flops_per_second(device, setup.training.precision)
 
     def measured() -> dict[str, float]:
-        at(f"the evaluation after step {state.step}")
-        outputs, means = _outputs(setup, state, objective, inputs.validation)
+        here = partial(at, f"the evaluation after step {state.step}")
+        outputs, means = _outputs(setup, state, objective, inputs.validation, here)
         scores = from_first(lambda: _scored(inputs.task, inputs, inputs.validation, outputs)[1])
         return {"loss": means["loss"], SCORE: scores[inputs.task.selects_by], **scores}
 
@@ -193,12 +193,16 @@ def _wire(
 
 
 def _outputs(
-    setup: RunSetup, state: TrainState, objective: SupervisedObjective, split: Split
+    setup: RunSetup,
+    state: TrainState,
+    objective: SupervisedObjective,
+    split: Split,
+    at: Callable[[], None] = lambda: None,
 ) -> tuple[Outputs, dict[str, float]]:
-    """Of every row of the split; no random stream moves."""
+    """Of every row of the split; no random stream moves. `at` is called before each batch."""
     state.model.train(False)
     with streams_kept(state.device):
-        outputs, means = outputs_of(objective, setup.batches.once(split), setup.inputs.ranks)
+        outputs, means = outputs_of(objective, setup.batches.once(split), setup.inputs.ranks, at)
     state.model.train()
     return outputs, means
 

@@ -44,6 +44,7 @@ __all__ = [
     "WeightedCorpus",
     "load_configuration",
     "load_recipe",
+    "refuse_overlap_of_any_shape",
 ]
 
 
@@ -294,6 +295,15 @@ class MeshSection(Section):
         return self
 
 
+def refuse_overlap_of_any_shape(runtime: ComputeSection, mesh: MeshSection) -> None:
+    """Raises ValueError where batches that are not of one shape would have ever more memory put aside for what is sent
+    of them (`parallel.overlap`).
+    """
+    if mesh.overlap and runtime.compile is False:
+        raise ValueError("mesh.overlap is for batches of one shape, which only compiled layers have: leave it out, or "
+                         "runtime.compile=false")  # fmt: skip
+
+
 class PretrainConfiguration(Section):
     """A run. Every key of a recipe is a field here or below."""
 
@@ -318,6 +328,11 @@ class PretrainConfiguration(Section):
         for name, is_set in refused.items():
             if is_set and self.objective.kind == "causal":
                 raise ValueError(f"{name}: rows of the causal objective are always full; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_has_shapes(self) -> Self:
+        refuse_overlap_of_any_shape(self.runtime, self.mesh)
         return self
 
     @model_validator(mode="after")

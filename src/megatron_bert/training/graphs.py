@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_bert.errors import UserError
 from megatron_bert.parallel.data import call_within
 from megatron_bert.parallel.launch import agreed, exchange
+from megatron_bert.parallel.overlap import forget_the_last
 from megatron_bert.parallel.streams import PassStreams
 from megatron_bert.training.microbatch import LaidOut
 
@@ -140,6 +141,7 @@ class PassGraphs:
         if isinstance(recorded, str) or reason:
             self._left = 0
             self.release()
+            forget_the_last()
             for parameter, gradient in before.items():
                 parameter.grad = gradient
             log.warning("training passes are not recorded as CUDA graphs, so the host takes part in each: %s", reason)

@@ -120,6 +120,14 @@ class FixedShapes:
         self._texts = max(self._texts, texts)
         return Room(self._predicted, self._sequences, self._samples, self._texts)
 
+    def is_of_same_rows(self, other: FixedShapes) -> bool:
+        """Whether the other one is for such batches, too, whatever it has room for by now."""
+        return self._batches == other._batches
+
+    @property
+    def _batches(self) -> tuple[int, int, float, int]:
+        return self.rows, self.row_tokens, self.predicted_share, self.sequence_tokens
+
 
 @dataclass(frozen=True)
 class LaidOut:

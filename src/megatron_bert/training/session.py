@@ -154,24 +154,24 @@ class Session:
             agreed(lambda: self._sink(state, progress=progress)) as sink,
             ranks.group_for_writing(timeout_seconds) as group,
             CheckpointWriter(folder, self.recipe.runtime.keep_checkpoints, group) as writer,
-            ranks.watched(timeout_seconds) as at,
         ):
             stop = SharedStop(signals, alone=ranks.mesh is None)
+            with ranks.watched(timeout_seconds) as at:
 
-            def save() -> None:
-                at(f"the checkpoint of step {state.step}")
-                writer.save(snapshot(state, about, ranks.layout), first=sink.sync)
+                def save() -> None:
+                    at(f"the checkpoint of step {state.step}")
+                    writer.save(snapshot(state, about, ranks.layout), first=sink.sync)
 
-            run = wire(save, stop, at)
-            try:
-                train(run, sink)
-            except NotFinite as error:
-                raise SharedError(
-                    f"{error}, so training stopped at step {state.step}: the weights before them are in the newest "
-                    f"checkpoint in {checkpoints_folder(folder)}, their samples in {folder / 'metrics.jsonl'}. Lower "
-                    f"optimizer.learning_rate (with --allow), or look at the samples"
-                ) from error
-            problem = writer.wait()
+                run = wire(save, stop, at)
+                try:
+                    train(run, sink)
+                except NotFinite as error:
+                    raise SharedError(
+                        f"{error}, so training stopped at step {state.step}: the weights before them are in the newest "
+                        f"checkpoint in {checkpoints_folder(folder)}, their samples in {folder / 'metrics.jsonl'}. "
+                        f"Lower optimizer.learning_rate (with --allow), or look at the samples"
+                    ) from error
+            problem = writer.wait()  # not watched: a disk may be slow; who is gone, the others notice in writing
             if problem and not run.is_done:
                 raise SharedError(
                     f"stopped after step {state.step}, which could not be saved ({problem.strerror or problem}); make "

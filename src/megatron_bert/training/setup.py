@@ -154,13 +154,13 @@ def begun_state(
     ranks: Ranks,
 ) -> TrainState:
     """The state of a network that has its values, or gets those of the checkpoint; the objective takes over the shapes
-    that its batches had there.
+    that its batches had there, unless rows are dealt out otherwise now: micro-batches or the processes are others.
     """
     state = TrainState(network, build_optimizer(network, section), objective.device)
     if checkpoint:
         restore(state, checkpoint, ranks)
         log.info("going on from %s", checkpoint)
-    if objective.shapes and state.shapes:
+    if objective.shapes and state.shapes and objective.shapes.is_of_same_rows(state.shapes):
         objective.shapes = state.shapes
     state.shapes = objective.shapes
     return state
