@@ -124,6 +124,20 @@ def test_packed_rows_equal_their_sequences(is_decoder, spelled):
     torch.testing.assert_close(found.pooler_output, pooled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_rows_of_a_decoder_with_a_cache_or_an_encoder(cross, use_cache):
+    """A cache is every decoder's default; all sequences of a row see the row's encoder states."""
+    model = make("MegatronBertForCausalLM", is_decoder=True, add_cross_attention=cross)
+    sequences = [torch.randint(5, 99, (1, length)) for length in (5, 1, 9)]
+    more = {"encoder_hidden_states": torch.randn(1, 7, 32)} if cross else {}
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in sequences])[None]
+    with torch.no_grad():
+        found = model(torch.cat(sequences, dim=1), position_ids=positions, use_cache=use_cache, **more).logits
+        expected = [model(ids, **more).logits for ids in sequences]
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-5)
+
+
 def test_several_rows_of_packed_sequences():
     model = make("MegatronBertModel")
     ids = torch.randint(5, 99, (2, 6))

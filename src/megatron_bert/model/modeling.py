@@ -178,20 +178,20 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         batch_shape = (tokens.shape[0], tokens.shape[1])
-        past_key_values = self._prepare_cache(past_key_values, use_cache, encoder_hidden_states)
         packed_rows = None
         if layout is None and attention_mask is None and past_key_values is None:
             packed_rows = _layout_of_packed_rows(position_ids, cu_seq_lens_q, batch_shape)
+        past_key_values = self._prepare_cache(past_key_values, use_cache, encoder_hidden_states)
         boundaries = cu_seq_lens_q if packed_rows is None else packed_rows.cu_seq_lens
         if position_ids is None:
             position_ids = self._positions(past_key_values, boundaries, batch_shape)
 
-        plain = encoder_hidden_states is None and past_key_values is None and boundaries is None
-        if layout is None and plain and unpad:
+        plain = layout is None and encoder_hidden_states is None and past_key_values is None
+        if plain and boundaries is None and unpad:
             layout = self.layout_without_padding(
                 attention_mask, output_attentions, output_hidden_states, batch_shape=batch_shape
             )
-        elif layout is None and packed_rows is not None and self._can_pack(output_attentions, output_hidden_states):
+        elif plain and packed_rows is not None and self._can_pack(output_attentions, output_hidden_states):
             layout = packed_rows
 
         if token_type_ids is not None:
