@@ -225,6 +225,20 @@ def test_compiles_packed_rows_into_one_graph():
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_compiled_model_tells_packed_rows_by_their_positions(is_decoder):
+    """One graph for packed and for plain positions, those of nothing but 0 included."""
+    torch.compiler.reset()
+    model = make("MegatronBertForCausalLM" if is_decoder else "MegatronBertForMaskedLM", is_decoder=is_decoder)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.randint(5, 99, (2, 6))
+    with torch.no_grad():
+        for row in ([0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5], [0] * 6, [7, 8, 9, 10, 11, 12]):
+            positions = torch.tensor([row, [0, 1, 0, 1, 2, 3] if row[4] == 0 and row[1] else row])
+            expected = model(ids, position_ids=positions).logits
+            torch.testing.assert_close(compiled(ids, position_ids=positions).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_training_step_compiles_into_one_graph():
     torch.compiler.reset()
     model, batch = make("MegatronBertForPreTraining").train(), padded_batch()
