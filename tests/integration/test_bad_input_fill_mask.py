@@ -1,5 +1,6 @@
 """Every mistake a person can make with fill-mask: one clear line on stderr, exit code 2, nothing on stdout."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -195,6 +196,11 @@ class TestConfiguration:
     def test_a_configuration_of_other_weights(self, refused, model, name, value, complaint):
         self.change(model, **{name: value})
         assert complaint in refused("--model", model, "[MASK]")
+
+    @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+    def test_quantized_weights_name_the_package_that_they_need(self, refused, model):
+        self.change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+        assert "requires bitsandbytes" in refused("--model", model, "[MASK]")
 
     def test_a_vocabulary_smaller_than_the_tokenizers(self, refused, tmp_path):
         write_tiny_model(tmp_path)
