@@ -1,5 +1,6 @@
 """Every mistake a person can make with fill-mask: one clear line on stderr, exit code 2, nothing on stdout."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -186,11 +187,20 @@ class TestConfiguration:
                 f"word_embeddings.weight is {len(VOCABULARY)} x 32 and the configuration says 200 x 32",
             ),
             ("num_hidden_layers", 3, "the weights have 2 layers and the configuration says 3"),
+            ("hidden_act", "none", "hidden_act 'none' is no activation"),
+            ("pad_token_id", 500, f"pad_token_id 500 is not below vocab_size {len(VOCABULARY)}"),
+            ("add_cross_attention", True, "add_cross_attention needs is_decoder"),
+            ("position_embedding_type", "relative_key", "'relative_key': this model's positions are absolute"),
         ],
     )
     def test_a_configuration_of_other_weights(self, refused, model, name, value, complaint):
         self.change(model, **{name: value})
         assert complaint in refused("--model", model, "[MASK]")
+
+    @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+    def test_quantized_weights_name_the_package_that_they_need(self, refused, model):
+        self.change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+        assert "requires bitsandbytes" in refused("--model", model, "[MASK]")
 
     def test_a_vocabulary_smaller_than_the_tokenizers(self, refused, tmp_path):
         write_tiny_model(tmp_path)
@@ -216,7 +226,25 @@ class TestWeights:
         weights = load_file(model / "model.safetensors")
         weights["bert.encoder.ln.weight"].fill_(float("nan"))
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-        assert "the model's scores are not numbers" in refused("--model", model, "[MASK]")
+        error = refused("--model", model, "--dtype", "float32", "[MASK]")
+        assert "the model's scores are not numbers in float32: the weights are damaged" in error
+
+    @pytest.mark.parametrize(
+        ("name", "rows", "complaint"),
+        [
+            ("embeddings.position_embeddings.weight", 0, "is not among the weights"),
+            ("encoder.layer.1.attention.self.query.bias", 0, "is not among the weights"),
+            ("encoder.layer.1.attention.self.query.weight", 16, "is 16 x 32 and the configuration says 32 x 32"),
+        ],
+    )
+    def test_a_weight_that_is_lost_or_of_another_shape(self, refused, model, name, rows, complaint):
+        """Initialised afresh, it would make predictions of chance."""
+        weights = load_file(model / "model.safetensors")
+        weight = weights.pop(f"bert.{name}")
+        if rows:
+            weights[f"bert.{name}"] = weight[:rows].clone()
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        assert f"{name} {complaint}" in refused("--model", model, "[MASK]")
 
     @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
     def test_a_git_lfs_pointer(self, refused, model, name):

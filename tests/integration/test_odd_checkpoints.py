@@ -11,8 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from megatron_bert.checkpoint.folder import check_folder
 from megatron_bert.checkpoint.load import load_model
+from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.cli.main import main
-from megatron_bert.model import MegatronBertForMaskedLM, MegatronBertForPreTraining, MegatronBertModel
+from megatron_bert.model import (
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
+    MegatronBertForPreTraining,
+    MegatronBertModel,
+)
 from tests.integration.tiny_model import SPECIAL, VOCABULARY, write_tiny_model
 
 IDS = torch.tensor([[2, 30, 4, 61, 3]])
@@ -76,6 +82,32 @@ def test_either_copy_of_the_tied_bias_is_enough(tmp_path, said, gone):
     model = MegatronBertForMaskedLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(model), logits(reference), rtol=2e-5, atol=2e-5)
     assert said() == []
+
+
+@pytest.mark.parametrize("gone", ["cls.predictions.decoder.bias", "cls.predictions.bias"])
+def test_either_name_of_an_untied_projections_bias_is_enough(tmp_path, said, gone):
+    """Transformers 4 had one parameter of both names there, too, and wrote it once."""
+    reference = write_tiny_model(tmp_path, tie_word_embeddings=False)
+    reference.cls.predictions.decoder.bias.data.copy_(reference.cls.predictions.bias)
+    weights = {name: value.clone() for name, value in reference.state_dict().items() if name != gone}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = MegatronBertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    torch.testing.assert_close(logits(model.eval()), logits(reference), rtol=2e-5, atol=2e-5)
+    assert not info["missing_keys"]
+    part = MegatronBertForMaskedLM(MegatronBertConfig.from_pretrained(tmp_path)).eval()
+    load_shards(part, tmp_path)  # as a tensor-parallel rank does
+    torch.testing.assert_close(logits(part), logits(reference), rtol=2e-5, atol=2e-5)
+    assert said() == []
+
+
+def test_an_untied_projection_that_was_resized_keeps_its_bias(tmp_path):
+    write_tiny_model(tmp_path, tie_word_embeddings=False)
+    model = MegatronBertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.nn.init.normal_(model.cls.predictions.decoder.bias)
+    model.resize_token_embeddings(len(VOCABULARY) + 3, mean_resizing=False)
+    model.save_pretrained(tmp_path / "resized")
+    theirs = transformers.MegatronBertForMaskedLM.from_pretrained(tmp_path / "resized").eval()
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=2e-5, atol=2e-5)
 
 
 def test_an_extra_head_is_said_in_one_line(tmp_path, said, capfd):

@@ -65,6 +65,21 @@ def test_every_verb_has_a_light_module_and_help(name):
     assert f"megatron-bert {name}" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "closed", "code"),
+    [("--version", ">&-", 0), ("--version", "2>&-", 0), ("fill-mask", "<&-", 2), ("nothing", ">&- 2>&-", 2)],
+)
+def test_a_stream_that_is_closed_is_an_empty_one(words, closed, code):
+    """What a service or a cron job may start with: nothing to read, and nobody who listens."""
+    line = f"{sys.executable} -m megatron_bert {words} {closed}"
+    result = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert result.returncode == code
+    assert ("standard input is empty" in result.stderr) == (words == "fill-mask")
+    assert "internal error" not in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.startswith("megatron-bert ") == (closed == "2>&-")
+
+
 def test_version(capsys):
     assert frame.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("megatron-bert ")

@@ -124,6 +124,20 @@ def test_packed_rows_equal_their_sequences(is_decoder, spelled):
     torch.testing.assert_close(found.pooler_output, pooled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_rows_of_a_decoder_with_a_cache_or_an_encoder(cross, use_cache):
+    """A cache is every decoder's default; all sequences of a row see the row's encoder states."""
+    model = make("MegatronBertForCausalLM", is_decoder=True, add_cross_attention=cross)
+    sequences = [torch.randint(5, 99, (1, length)) for length in (5, 1, 9)]
+    more = {"encoder_hidden_states": torch.randn(1, 7, 32)} if cross else {}
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in sequences])[None]
+    with torch.no_grad():
+        found = model(torch.cat(sequences, dim=1), position_ids=positions, use_cache=use_cache, **more).logits
+        expected = [model(ids, **more).logits for ids in sequences]
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-5)
+
+
 def test_several_rows_of_packed_sequences():
     model = make("MegatronBertModel")
     ids = torch.randint(5, 99, (2, 6))
@@ -209,6 +223,20 @@ def test_compiles_packed_rows_into_one_graph():
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**packed)
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_compiled_model_tells_packed_rows_by_their_positions(is_decoder):
+    """One graph for packed and for plain positions, those of nothing but 0 included."""
+    torch.compiler.reset()
+    model = make("MegatronBertForCausalLM" if is_decoder else "MegatronBertForMaskedLM", is_decoder=is_decoder)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids = torch.randint(5, 99, (2, 6))
+    with torch.no_grad():
+        for row in ([0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5], [0] * 6, [7, 8, 9, 10, 11, 12]):
+            positions = torch.tensor([row, [0, 1, 0, 1, 2, 3] if row[4] == 0 and row[1] else row])
+            expected = model(ids, position_ids=positions).logits
+            torch.testing.assert_close(compiled(ids, position_ids=positions).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_training_step_compiles_into_one_graph():

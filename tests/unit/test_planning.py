@@ -1,6 +1,7 @@
 """The planner's formulas against hand-counted cases, PyTorch's own counters, and what was measured."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_bert.planning.layout import Job, Layout
 from megatron_bert.planning.memory import layer_activation_bytes, memory_of_step, weight_bytes
 from megatron_bert.planning.paper import paper_table
 from megatron_bert.planning.parameters import rank_parameters, sequence_parameters
-from megatron_bert.planning.ranking import Choice, plan_of, rank
+from megatron_bert.planning.ranking import Choice, _divisors, plan_of, rank
 from megatron_bert.planning.speed import (
     _HANDOVER_SECONDS,
     _lost_in_parts,
@@ -317,6 +318,15 @@ def test_the_fastest_that_fits_is_first_and_each_other_has_one_reason():
     assert [plan.time.total for plan in fitting] == sorted(plan.time.total for plan in fitting)
     assert all(plan.layout.gpus == 64 for plan in plans)
     assert all(0 < plan.mfu < plan.scaling_efficiency <= 1.001 for plan in plans)
+
+
+def test_any_number_of_gpus_is_answered_soon():
+    """A prime, whose factors were looked for one by one, for the ranks and again for the rows of each."""
+    before = time.process_time()
+    rank(Job(config_of(), 1_000_000_007, 1_000_000_007), H100)
+    assert time.process_time() - before < 5
+    assert _divisors(360) == [number for number in range(1, 361) if 360 % number == 0]
+    assert _divisors(360, 8) == [1, 2, 3, 4, 5, 6, 8]
 
 
 def test_what_does_not_fit_says_how_much_it_needs():

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 
 from megatron_bert.errors import UserError
-from megatron_bert.model import MegatronBertConfig
+from megatron_bert.model import MegatronBertConfig, MegatronBertModel
 
 # What Transformers looks for, in its order; an index names the files that the weights are spread over.
 WEIGHT_FILES = (
@@ -52,14 +54,15 @@ def check_folder(folder: Path) -> Shapes:
 
     Raises ``UserError`` for a folder without a model, a configuration that is damaged, not of this family or not
     possible (``check_config``), a missing, truncated or damaged weight file, pickled weights with more in them than
-    weights, and weights that do not fit the configuration.
+    weights, and weights that do not fit the configuration or lack one of the embeddings or layers. Heads and pooler may
+    be absent, and cross-attention, which a decoder of an encoder's weights is still to learn.
     """
     config = check_config(folder)
     shapes: Shapes = {}
     for file in weight_files(folder):
         shapes |= read_shapes(file)
     for problem in _misfits(shapes, config):
-        raise UserError(f"{folder}: {problem}; its config.json belongs to other weights")
+        raise UserError(f"{folder}: {problem}; its config.json belongs to other weights, or some are lost")
     return shapes
 
 
@@ -85,9 +88,12 @@ def check_config(folder: Path) -> MegatronBertConfig:
     if isinstance(hidden, int) and isinstance(heads, int) and (heads < 1 or hidden % heads):
         raise UserError(f"{file}: num_attention_heads {heads} does not divide hidden_size {hidden}")
     try:
-        return MegatronBertConfig.from_dict(values)
+        config = MegatronBertConfig.from_dict(values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{file}: {error}") from error
+    for problem in _impossible(config, values):
+        raise UserError(f"{file}: {problem}")
+    return config
 
 
 def check_vocabulary(config: MegatronBertConfig, num_tokens: int, where: str) -> None:
@@ -192,6 +198,19 @@ def _pickle_shapes(file: Path) -> Shapes:
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def _impossible(config: MegatronBertConfig, values: dict[str, Any]) -> Iterator[str]:
+    """Why there can be no model of a configuration whose values are each of the right kind, in words."""
+    if config.hidden_act not in ACT2FN:
+        yield f"hidden_act {config.hidden_act!r} is no activation that Transformers knows"
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        yield f"pad_token_id {config.pad_token_id} is not below vocab_size {config.vocab_size}"
+    if config.add_cross_attention and not config.is_decoder:
+        yield "add_cross_attention needs is_decoder"
+    kind = values.get("position_embedding_type", "absolute")  # old releases of Transformers had others
+    if kind != "absolute":
+        yield f"position_embedding_type {kind!r}: this model's positions are absolute, and its scores would be wrong"
+
+
 def _misfits(shapes: Shapes, config: MegatronBertConfig) -> Iterator[str]:
     """What does not fit between the weights and the configuration, in words."""
     for name, fields in _AXES.items():
@@ -204,6 +223,19 @@ def _misfits(shapes: Shapes, config: MegatronBertConfig) -> Iterator[str]:
         yield "no encoder layer is among the weights"
     elif max(layers) + 1 != config.num_hidden_layers:
         yield f"the weights have {max(layers) + 1} layers and the configuration says {config.num_hidden_layers}"
+    for name, expected in _base_shapes(config).items():
+        found = shapes.get(f"bert.{name}", shapes.get(name, ()))
+        if not found:
+            yield f"{name} is not among the weights"
+        elif found != expected:
+            yield f"{name} is {_times(found)} and the configuration says {_times(expected)}"
+
+
+def _base_shapes(config: MegatronBertConfig) -> Shapes:
+    """The weights that a model of this configuration cannot do without, whatever its head."""
+    with torch.device("meta"), no_init_weights():
+        base = MegatronBertModel(config, add_pooling_layer=False)
+    return {name: tuple(value.shape) for name, value in base.named_parameters() if ".crossattention." not in name}
 
 
 def _times(shape: tuple[int, ...]) -> str:

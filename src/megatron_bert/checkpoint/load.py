@@ -105,6 +105,8 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{where}: the weights are truncated or damaged: {error}") from error
+    except ImportError as error:  # quantized weights need packages of their own
+        raise UserError(f"cannot load the model {where}: {error}") from error
     except OSError as error:
         if error.errno is not None:  # the disk or the network at work, not Transformers' advice
             raise

@@ -154,8 +154,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 def _spellings(name: str) -> list[str]:
     """How a checkpoint may spell a parameter: with or without the base model's prefix. One that an adapter was put
-    around (`peft`) has its own name there.
+    around (`peft`) has its own name there. The projection's bias has two names, of which one is enough.
     """
     name = name.replace(".base_layer.", ".")
     bare = name.removeprefix("bert.")
-    return [name, bare, f"bert.{bare}"]
+    biases = ["cls.predictions.bias", "cls.predictions.decoder.bias"]
+    return [name, bare, f"bert.{bare}", *(biases if name in biases else [])]

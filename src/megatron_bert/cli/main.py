@@ -47,6 +47,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``megatron-bert`` with ``argv`` (default: the process's arguments) and return its exit code."""
+    _open_missing_streams()
     words, debug = _without_debug(sys.argv[1:] if argv is None else argv)
     name = f"{PROGRAM} {words[0]}" if words and words[0] in VERBS else PROGRAM
     try:
@@ -66,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(_SILENCE_SECONDS)
         return code
+
+
+def _open_missing_streams() -> None:
+    """A process that was started without standard input, output or error (`<&-`, `>&-`) reads nothing, writes nowhere.
+
+    In the order of their numbers: each is given its own again, which no file that is opened later can then have.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(words: list[str]) -> int:

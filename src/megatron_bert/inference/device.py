@@ -48,7 +48,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def scores_are_no_numbers(dtype: torch.dtype) -> str:
     """What is said of a model whose outputs are infinite or NaN."""
     kind = str(dtype).removeprefix("torch.")
-    return f"the model's scores are not numbers in {kind}: try --dtype float32; if it stays so, the weights are damaged"
+    advice = "" if dtype == torch.float32 else "try --dtype float32; if it stays so, "
+    return f"the model's scores are not numbers in {kind}: {advice}the weights are damaged"
 
 
 def default_batch_tokens(device: torch.device) -> int:

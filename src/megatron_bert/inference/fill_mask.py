@@ -75,7 +75,8 @@ class MaskedTextEncoder:
         positions = [position for position, token in enumerate(ids) if token == self.mask_id]
         if not positions:
             within = f" within its first {self.max_tokens} tokens" if self.truncate else ""
-            raise UserError(f"{where}: no mask{within}; write {self.tokenizer.mask_token} or {MASK_SPELLING} in it")
+            spellings = " or ".join(dict.fromkeys((str(self.tokenizer.mask_token), MASK_SPELLING)))
+            raise UserError(f"{where}: no mask{within}; write {spellings} in it")
         return MaskedText(ids, positions)
 
 

@@ -159,7 +159,10 @@ class _LanguageModel(HeadModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Puts another projection in, and its bias."""
         self.cls.predictions.decoder = new_embeddings
-        self.cls.predictions.bias = new_embeddings.bias
+        bias: Any = new_embeddings.bias
+        if bias is not None and not self.config.tie_word_embeddings:  # of one parameter, one name only would be saved
+            bias = nn.Parameter(bias.detach().clone())
+        self.cls.predictions.bias = bias
 
 
 class MegatronBertForMaskedLM(_LanguageModel):

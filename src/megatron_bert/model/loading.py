@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.utils.hub import cached_file
 
 __all__ = ["LoadingMixin", "num_tokens_beside", "report_differences"]
@@ -16,6 +18,8 @@ logger = logging.getLogger(__name__)
 _REPORTING_LOGGER = logging.getLogger("transformers.modeling_utils")
 # How Transformers' messages about absent and extra weights are told: its table, and an absent tied head.
 _REPORT_SIGNS = ("LOAD REPORT", "tied weights mapping")
+# Where embeddings are not tied these are two parameters, of which the second one counts.
+_BIASES = {"cls.predictions.bias", "cls.predictions.decoder.bias"}
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -33,7 +37,7 @@ class LoadingMixin:
         """Transformers' `from_pretrained`: same arguments, result and errors.
 
         Weights of absent and extra heads are reported in one line each. The vocabulary's padding rows are recognised by
-        the tokenizer beside the weights.
+        the tokenizer beside the weights. The projection's bias may have either of its two names, tied or not.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -46,6 +50,7 @@ class LoadingMixin:
         except Exception:
             _replay(records)
             raise
+        _complete_bias(model, info["missing_keys"])
         if info.get("mismatched_keys") or info.get("error_msgs"):
             _replay(records)
         else:
@@ -86,6 +91,22 @@ def num_tokens_beside(path_or_name: str | os.PathLike[str], **hub_arguments: Any
         with open(files["tokenizer_config.json"], encoding="utf-8") as file:
             highest = max([highest, *map(int, json.load(file).get("added_tokens_decoder", {}))])
     return highest + 1 if highest >= 0 else None
+
+
+@torch.no_grad()
+def _complete_bias(model: nn.Module, missing: set[str]) -> None:
+    """Fills the one of the two names of the projection's bias that is `missing`, and takes it out there.
+
+    Transformers 4 had one parameter of both names, embeddings tied or not, and wrote it once.
+    """
+    absent = missing & _BIASES
+    if len(absent) != 1:
+        return
+    (gone,), (found,) = absent, _BIASES - absent
+    bias, source = model.get_parameter(gone), model.get_parameter(found)
+    if not bias.is_meta and not source.is_meta:
+        bias.copy_(source)
+        missing.remove(gone)
 
 
 @contextmanager

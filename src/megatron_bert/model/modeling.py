@@ -35,6 +35,7 @@ from megatron_bert.model.packing import (
     layout_of_positions,
     restarting_positions,
     sequence_ids,
+    sequence_ids_of_positions,
     sequence_starts,
 )
 
@@ -122,7 +123,7 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
 
         Packed rows are given as Transformers spells them: `cu_seq_lens_q` (the sequences' boundaries, with
         `position_ids` that restart; computed where absent), or `position_ids` alone that restart from 0 within a row.
-        Their `pooler_output` has one row a sequence.
+        Their `pooler_output` has one row a sequence, for which a compiled model needs the boundaries.
 
         Raises:
             ValueError: for both or neither of `input_ids` and `inputs_embeds`, or too many tokens for its positions.
@@ -178,20 +179,21 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         batch_shape = (tokens.shape[0], tokens.shape[1])
-        past_key_values = self._prepare_cache(past_key_values, use_cache, encoder_hidden_states)
-        packed_rows = None
+        packed_rows, packed_positions = None, None
         if layout is None and attention_mask is None and past_key_values is None:
             packed_rows = _layout_of_packed_rows(position_ids, cu_seq_lens_q, batch_shape)
+            packed_positions = position_ids
+        past_key_values = self._prepare_cache(past_key_values, use_cache, encoder_hidden_states)
         boundaries = cu_seq_lens_q if packed_rows is None else packed_rows.cu_seq_lens
         if position_ids is None:
             position_ids = self._positions(past_key_values, boundaries, batch_shape)
 
-        plain = encoder_hidden_states is None and past_key_values is None and boundaries is None
-        if layout is None and plain and unpad:
+        plain = layout is None and encoder_hidden_states is None and past_key_values is None
+        if plain and boundaries is None and unpad:
             layout = self.layout_without_padding(
                 attention_mask, output_attentions, output_hidden_states, batch_shape=batch_shape
             )
-        elif layout is None and packed_rows is not None and self._can_pack(output_attentions, output_hidden_states):
+        elif plain and packed_rows is not None and self._can_pack(output_attentions, output_hidden_states):
             layout = packed_rows
 
         if token_type_ids is not None:
@@ -206,9 +208,10 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
             hidden_states = layout.unpack(self.encoder(embeddings, layout=layout))
         else:
             embeddings = self.embeddings(*embedded)
+            sequences = _sequences_of_packed_rows(packed_positions, boundaries, batch_shape)
             hidden_states = self.encoder(
                 embeddings,
-                self._mask(embeddings, attention_mask, past_key_values, boundaries, output_attentions),
+                self._mask(embeddings, attention_mask, past_key_values, sequences, output_attentions),
                 encoder_hidden_states,
                 self._cross_mask(embeddings, encoder_attention_mask, encoder_hidden_states, output_attentions),
                 past_key_values,
@@ -283,14 +286,11 @@ class MegatronBertModel(MegatronBertPreTrainedModel):
         embeddings: Tensor,
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
-        boundaries: Tensor | None,
+        sequences_BS: Tensor | None,
         output_attentions: bool,
     ) -> Any:
         """The self-attention mask as the implementation takes it: causal for decoders, one block a sequence."""
-        same_sequence = None
-        if boundaries is not None:
-            ids_BS = sequence_ids(boundaries, (embeddings.shape[0], embeddings.shape[1]))
-            same_sequence = packed_sequence_mask_function(ids_BS)
+        same_sequence = None if sequences_BS is None else packed_sequence_mask_function(sequences_BS)
         create_mask = create_causal_mask if self.config.is_decoder else create_bidirectional_mask
         return create_mask(
             config=self._mask_config(output_attentions),
@@ -335,3 +335,17 @@ def _layout_of_packed_rows(
     if position_ids is None or position_ids.ndim != 2:
         return None
     return layout_of_positions(position_ids.expand(batch_shape))
+
+
+def _sequences_of_packed_rows(
+    position_ids: Tensor | None, cu_seq_lens: Tensor | None, batch_shape: tuple[int, int]
+) -> Tensor | None:
+    """(B, S): the numbers of the tokens' sequences; None for plain rows.
+
+    Of a graph that is traced, positions alone give them too: its rows may be plain in one call and packed in the next.
+    """
+    if cu_seq_lens is not None:
+        return sequence_ids(cu_seq_lens, batch_shape)
+    if position_ids is None or position_ids.ndim != 2 or not is_tracing(position_ids):
+        return None
+    return sequence_ids_of_positions(position_ids.expand(batch_shape))

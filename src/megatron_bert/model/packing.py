@@ -23,6 +23,7 @@ __all__ = [
     "on_device",
     "restarting_positions",
     "sequence_ids",
+    "sequence_ids_of_positions",
     "sequence_starts",
 ]
 
@@ -144,11 +145,10 @@ def layout_of_positions(position_ids: Tensor | None) -> PackedLayout | None:
     """
     if position_ids is None or position_ids.ndim != 2 or is_tracing(position_ids):
         return None
-    starts_BS = position_ids == 0
+    starts_BS, counts_up = _restarts(position_ids)
     rows, columns = position_ids.shape
-    counts_up = bool(starts_BS[:, 0].all() & (starts_BS[:, 1:] | (position_ids.diff(dim=-1) == 1)).all())
     starts = starts_BS.flatten().nonzero()[:, 0].tolist()
-    if not counts_up or len(starts) in (rows, rows * columns):
+    if not bool(counts_up) or len(starts) in (rows, rows * columns):
         return None
     lengths = tuple(end - start for start, end in pairwise([*starts, rows * columns]))
     return PackedLayout(lengths, (rows, columns), position_ids.device)
@@ -158,6 +158,20 @@ def sequence_ids(cu_seq_lens: Tensor, batch_shape: tuple[int, int]) -> Tensor:
     """(B, S): the number of the sequence that each token of packed rows belongs to. Traceable."""
     tokens = torch.arange(batch_shape[0] * batch_shape[1], device=cu_seq_lens.device)
     return torch.searchsorted(cu_seq_lens[1:].to(tokens.dtype), tokens, right=True).view(batch_shape)
+
+
+def sequence_ids_of_positions(position_ids: Tensor) -> Tensor:
+    """(B, S): the same within each row, of (B, S) positions as `layout_of_positions` takes them; 0 for any others.
+    Traceable.
+    """
+    starts_BS, counts_up = _restarts(position_ids)
+    return starts_BS.cumsum(-1) * (counts_up & ~starts_BS.all())
+
+
+def _restarts(position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S) where positions are 0, and whether all others follow the one before, and rows begin with 0."""
+    starts_BS = position_ids == 0
+    return starts_BS, starts_BS[:, 0].all() & (starts_BS[:, 1:] | (position_ids.diff(dim=-1) == 1)).all()
 
 
 def restarting_positions(cu_seq_lens: Tensor, batch_shape: tuple[int, int]) -> Tensor:

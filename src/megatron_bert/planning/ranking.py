@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isqrt
 
 from megatron_bert.errors import UserError
 from megatron_bert.parallel.tensor import check_degree
@@ -138,7 +139,7 @@ def _layouts(job: Job, gpu: Gpu, choice: Choice) -> Iterator[Layout]:
     a node, products overlap with what sequence parallelism sends there, and data-parallel ranks share everything,
     nothing, or what a node can hold.
     """
-    degrees = [choice.tensor] if choice.tensor else [n for n in _divisors(job.gpus) if n <= gpu.node_gpus]
+    degrees = [choice.tensor] if choice.tensor else _divisors(job.gpus, gpu.node_gpus)
     for tensor in degrees:
         data, rest = divmod(job.gpus, tensor)
         if rest or not data:
@@ -210,5 +211,8 @@ def _reason(plan: Plan, best: Plan, gpu: Gpu) -> str:
     return f"{slower:.1%} slower: {words} (+{excess[part] * 1e3:.0f} ms)"
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def _divisors(number: int, largest: int | None = None) -> list[int]:
+    """In order, those up to `largest` only."""
+    bound = number if largest is None else largest
+    small = [divisor for divisor in range(1, min(isqrt(number), bound) + 1) if number % divisor == 0]
+    return [divisor for divisor in sorted({*small, *(number // one for one in small)}) if divisor <= bound]
