@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from megatron_bert.checkpoint.native import list_checkpoints
 from megatron_bert.cli.main import main
+from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.training import metrics
 from megatron_bert.training.supervised import SupervisedObjective
 from tests.integration.tiny_tasks import prepare_tasks, write_qa, write_task_recipe
@@ -360,6 +361,23 @@ def test_evaluating_a_head_of_other_outputs_or_no_numbers(folder: Path, capsys: 
         assert main(["evaluate", task, "--model", str(folder / model), "--data", str(folder / data)]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert main(["evaluate", "sst2", "--model", str(folder / "labels"), "--data", str(folder / "sst2.tsv")]) == 0
+
+
+def test_evaluating_a_head_whose_labels_have_no_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Transformers' own examples leave it: of GLUE's tasks with numbers in the files, those are meant."""
+    model = transformers.MegatronBertForSequenceClassification.from_pretrained(folder / "start")
+    model.save_pretrained(folder / "unnamed")
+    shutil.copy(folder / "start/tokenizer.json", folder / "unnamed")
+    tokens = load_tokenizer(folder / "unnamed")("the city", return_tensors="pt")
+    with torch.no_grad():
+        number = int(model.eval()(**tokens).logits.argmax())
+    (folder / "unnamed.tsv").write_text(f"sentence\tlabel\nthe city\t{number}\nthe city\t{1 - number}\n")
+    words = ["evaluate", "sst2", "--model", str(folder / "unnamed"), "--data", str(folder / "unnamed.tsv")]
+    assert main([*words, "--output", str(folder / "unnamed.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 50.0
+    assert [line["prediction"] for line in lines(folder / "unnamed.jsonl")] == 2 * [("negative", "positive")[number]]
+    (folder / "mnli.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "gold_label": "neutral"}\n')
+    assert main([*words[:1], "mnli", *words[2:4], "--data", str(folder / "mnli.jsonl")]) == 2  # whose order differs
 
 
 def test_misplaced_answers_are_counted_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

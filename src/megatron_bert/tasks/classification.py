@@ -98,6 +98,12 @@ class Classification(Task[Example, Prediction]):
         seen = {name for example in training for name in _names(example.label)}
         return self.format.labels or tuple(sorted(seen))
 
+    def labels_of_outputs(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Names as Transformers makes them up, `LABEL_0` and so on, are of the numbers in files of the format."""
+        numbered = tuple(self.format.spellings.get(str(number), "") for number in range(len(names)))
+        made_up = tuple(f"LABEL_{number}" for number in range(len(names)))
+        return numbered if names == made_up and all(numbered) else names
+
     def left_out(self, examples: Sequence[Example]) -> list[tuple[int, str]]:
         """Those without a label."""
         return [(at, f"{one.where}: {one.reason}") for at, one in enumerate(examples) if one.label is None]

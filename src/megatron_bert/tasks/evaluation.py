@@ -60,6 +60,7 @@ def evaluate_task(
     if labels is None:
         raise UserError(f"{model} has no head for {name} ({HEADS[task.head].__name__}): fine-tune it first")
     _check_outputs(task, name, folder, labels)
+    labels = task.labels_of_outputs(labels)
     making = Making(load_tokenizer(folder), max_length, labels or task.labels([]))
     examples = task.read(data)
     rows = task.rows(examples, making)

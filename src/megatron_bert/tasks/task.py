@@ -75,6 +75,10 @@ class Task(ABC, Generic[Example, Prediction]):
         """The names of the head's outputs, from the training examples. None for "choice" and "span"."""
         return ()
 
+    def labels_of_outputs(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What the outputs of a head with these names are labels of: those, unless a file's numbers are meant."""
+        return names
+
     def left_out(self, examples: Sequence[Example]) -> list[tuple[int, str]]:
         """The numbers of the examples that training leaves out, each with file, place and reason."""
         return []
