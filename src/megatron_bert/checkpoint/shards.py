@@ -16,7 +16,7 @@ from megatron_bert.checkpoint.folder import check_config, check_folder, read_sha
 from megatron_bert.checkpoint.load import check_required, model_folder
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
-from megatron_bert.model.loading import num_tokens_beside, report_differences
+from megatron_bert.model.loading import PROJECTION_BIASES, num_tokens_beside, report_differences
 from megatron_bert.parallel.launch import agreed, check_agreement
 from megatron_bert.parallel.materialize import initialize, local_slices, materialize, parameter_names
 from megatron_bert.parallel.mesh import ParallelMesh
@@ -158,5 +158,4 @@ def _spellings(name: str) -> list[str]:
     """
     name = name.replace(".base_layer.", ".")
     bare = name.removeprefix("bert.")
-    biases = ["cls.predictions.bias", "cls.predictions.decoder.bias"]
-    return [name, bare, f"bert.{bare}", *(biases if name in biases else [])]
+    return [name, bare, f"bert.{bare}", *(PROJECTION_BIASES if name in PROJECTION_BIASES else [])]

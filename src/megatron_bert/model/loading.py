@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils.hub import cached_file
 
-__all__ = ["LoadingMixin", "num_tokens_beside", "report_differences"]
+__all__ = ["PROJECTION_BIASES", "LoadingMixin", "num_tokens_beside", "report_differences"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _REPORTING_LOGGER = logging.getLogger("transformers.modeling_utils")
 # How Transformers' messages about absent and extra weights are told: its table, and an absent tied head.
 _REPORT_SIGNS = ("LOAD REPORT", "tied weights mapping")
 # Where embeddings are not tied these are two parameters, of which the second one counts.
-_BIASES = {"cls.predictions.bias", "cls.predictions.decoder.bias"}
+PROJECTION_BIASES = ("cls.predictions.bias", "cls.predictions.decoder.bias")
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -99,10 +99,10 @@ def _complete_bias(model: nn.Module, missing: set[str]) -> None:
 
     Transformers 4 had one parameter of both names, embeddings tied or not, and wrote it once.
     """
-    absent = missing & _BIASES
+    absent = missing.intersection(PROJECTION_BIASES)
     if len(absent) != 1:
         return
-    (gone,), (found,) = absent, _BIASES - absent
+    (gone,), (found,) = absent, {*PROJECTION_BIASES} - absent
     bias, source = model.get_parameter(gone), model.get_parameter(found)
     if not bias.is_meta and not source.is_meta:
         bias.copy_(source)

@@ -44,7 +44,9 @@ __all__ = ["TASK_FILE", "Outcome", "Report", "finetune"]
 log = logging.getLogger(__name__)
 
 TASK_FILE = "task.json"  # in a model's folder: which task it was trained for, and how
-_RESULTS = ("adapter", "scores.json", "predictions-validation.jsonl", "predictions-test.jsonl")
+_ADAPTER, _SCORES = "adapter", "scores.json"
+_PREDICTIONS = {split: f"predictions-{split}.jsonl" for split in ("validation", "test")}
+_RESULTS = (_ADAPTER, _SCORES, *_PREDICTIONS.values())
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def finetune(
         finished = all(outcome.model for outcome in outcomes)
         report = Report(name, inputs.task.selects_by, outcomes, _median(outcomes) if finished else {})
         if finished and len(outcomes) > 1:
-            from_first(lambda: _write_json(configuration.output / "scores.json", _as_json(report)))
+            from_first(lambda: _write_json(configuration.output / _SCORES, _as_json(report)))
         return report
 
 
@@ -136,7 +138,7 @@ def _run(setup: RunSetup, *, overwrite: bool, allow: Sequence[str], progress: bo
         if not stopped_by:
             _finish(setup, state, objective)
         from_first(session.plot)
-    scores = {} if stopped_by else from_first(lambda: json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+    scores = {} if stopped_by else from_first(lambda: json.loads((folder / _SCORES).read_text(encoding="utf-8")))
     return Outcome(
         configuration.seed, state.step, steps, stopped_by, state.best.step, None if stopped_by else folder / "model",
         scores,
@@ -238,11 +240,11 @@ def _finish(setup: RunSetup, state: TrainState, objective: SupervisedObjective) 
         if split is None:
             continue
         outputs, means = _outputs(setup, state, objective, split)
-        written = partial(_predicted, task, inputs, split, outputs, folder / f"predictions-{name}.jsonl")
+        written = partial(_predicted, task, inputs, split, outputs, folder / _PREDICTIONS[name])
         found, settings = from_first(partial(written, tune=name == "validation"))
         task = task.with_settings(settings)
         scores[name] = {**({"loss": means["loss"]} if means else {}), **found}
-    from_first(lambda: _write_json(folder / "scores.json", scores))
+    from_first(lambda: _write_json(folder / _SCORES, scores))
     kept = task.settings.model_dump(mode="json")
     about = {"task": inputs.name, "max_length": inputs.making.max_length, "settings": kept}
     _write_model(setup, state.model, {TASK_FILE: json.dumps(about, indent=2) + "\n"})
@@ -269,7 +271,7 @@ def _write_model(setup: RunSetup, model: PreTrainedModel, files: dict[str, str])
     weights = dict(whole_parameters(model))  # small enough for one process, or it would be tensor-parallel
 
     def write() -> None:
-        write_adapter(weights.items(), lora, configuration.model.start_from, folder / "adapter")
+        write_adapter(weights.items(), lora, configuration.model.start_from, folder / _ADAPTER)
         plain = empty_task_network(MegatronBertConfig.from_dict(model.config.to_dict()), inputs.task.head)
         materialize(plain, torch.device("cpu"))
         plain.load_state_dict(dict(merged(weights.items(), lora)), strict=False)

@@ -314,7 +314,7 @@ def cast_rows(states: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Ten
     narrowed, scales, sums = _cast_results(states, factor)
     options = _row_tile(states.shape[-1], _CAST)
     programs = -(-len(scales) // options["ROWS"]) if factor is None else _CAST["programs"]
-    parts = sums.new_empty(programs if factor is not None else 0, *sums.shape)
+    parts = sums.new_empty(programs, *sums.shape)
     layer_triton.cast_rows[(programs,)](
         states, scales if factor is None else factor, parts, narrowed, scales, len(scales),
         IS_GRADIENT=factor is not None, STAGES=_CAST["STAGES"], **options,
