@@ -1,4 +1,4 @@
-"""Checkpoints of Megatron-LM's BERT with megatron-core as the peer: converted, they give its logits."""
+"""Checkpoints of Megatron-LM's BERT, and NeMo's, with megatron-core as the peer: converted, they give its logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import json
 import os
 import random
 import sys
+import tarfile
 import types
 import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -20,8 +22,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+import yaml
 from torch import Tensor
 
+from megatron_bert import AutoTokenizer
 from megatron_bert.checkpoint.megatron_files import read_rank
 from megatron_bert.cli.main import main
 from megatron_bert.model import (
@@ -31,6 +35,7 @@ from megatron_bert.model import (
     MegatronBertForSequenceClassification,
     MegatronBertModel,
 )
+from tests.integration.tiny_megatron import WORDS
 
 HIDDEN, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 4, 4, 64, 16
 ARGUMENTS = {
@@ -335,6 +340,100 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     yield folder / "text.txt", "has no checkpoint"
 
 
+def nemo(folder: Path, ranks: dict[str, Weights], prefix: str = "model.", mode: str = "w:", **changes: Any) -> Path:
+    """A `.nemo` file, as NeMo's `SaveRestoreConnector` writes it: OmegaConf's YAML has 1e-05 as a number without a
+    point, which others read as a text, and references to other settings.
+    """
+    (folder / "files").mkdir(parents=True)
+    vocabulary = [*(f"[unused{number}]" for number in range(VOCABULARY - len(WORDS))), *WORDS]
+    (folder / "files" / "1f2e_vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
+    settings = {
+        "num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "encoder_seq_length": POSITIONS,
+        "max_position_embeddings": "${.encoder_seq_length}", "hidden_dropout": 0.0, "attention_dropout": "${.x}",
+        "layernorm_epsilon": "1e-05", "bias_gelu_fusion": False, "tensor_model_parallel_size":
+        len({rank.partition("_pp")[0] for rank in ranks}), "tokenizer": {"library": "megatron", "type":
+        "BertWordPieceCase", "vocab_file": "nemo:1f2e_vocab.txt"}, **changes,
+    }  # fmt: skip
+    (folder / "files" / "model_config.yaml").write_text(yaml.safe_dump(settings).replace("'1e-05'", "1e-05"))
+    for rank, weights in ranks.items():
+        file = folder / "files" / rank / "model_weights.ckpt"
+        file.parent.mkdir(exist_ok=True)
+        torch.save({prefix + name: weight for name, weight in weights.items()}, file)
+    with tarfile.open(folder / "bert.nemo", mode) as archive:  # type: ignore[call-overload]
+        archive.add(folder / "files", arcname=".")
+    return folder / "bert.nemo"
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Weights:
+    """Old Megatron-LM's nested names as NeMo has them: dotted, with `encoder` and `self_attention`."""
+    found: Weights = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            name = f"{prefix}{name}".replace("transformer.", "encoder.")
+            found[name.replace(".attention.", ".self_attention.")] = value
+    return found
+
+
+def test_nemo(core: Core, tmp_path: Path) -> None:
+    """With the vocabulary in it; of two ranks of a model that was Megatron-LM's first, gzipped; as megatron-core names
+    it, in two stages, unpacked.
+    """
+    folder = converted(nemo(tmp_path / "one", {"": flat(old(core.weights, 2.0))}), tmp_path)
+    check(folder, core)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["layer_norm_eps"], config["hidden_dropout_prob"]) == (1e-5, 0.0)
+    assert (config["attention_probs_dropout_prob"], config["hidden_act"]) == (0.1, "gelu")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.tokenize("The red fox") == ["[UNK]", "red", "fox"]  # not lower-cased
+    ranks = {f"mp_rank_{rank:02d}": flat(old(part, 0.0, 2)) for rank, part in enumerate(ranks_of(core, 2))}
+    two = nemo(tmp_path / "two", ranks, "model.module.", "w:gz", megatron_legacy=True)
+    check(converted(two, tmp_path / "2"), core)
+    stages: dict[str, Weights] = {"tp_rank_00_pp_rank_000": {}, "tp_rank_00_pp_rank_001": {}}
+    for name, weight in core.weights.items():
+        number = int(name.split(".")[2]) if name.startswith("encoder.layers.") else -1
+        stage = number // 2 if number >= 0 else int(not name.startswith("embedding"))
+        stages[f"tp_rank_00_pp_rank_{stage:03d}"][name.replace(f"layers.{number}", f"layers.{number % 2}")] = weight
+    stages["tp_rank_00_pp_rank_001"]["word_embeddings.weight"] = core.weights["embedding.word_embeddings.weight"]
+    check(converted(nemo(tmp_path / "stages", stages).parent / "files", tmp_path / "3"), core)
+
+
+def test_without_a_head_for_pairs_there_are_no_token_types(core: Core, tmp_path: Path) -> None:
+    """`bert_binary_head: False`, or `--bert-no-binary-head`. They add nothing, whatever a tokenizer says."""
+    weights = {name: weight for name, weight in core.weights.items()
+               if not name.startswith(("binary_head", "pooler", "embedding.tokentype"))}  # fmt: skip
+    folder = converted(nemo(tmp_path, {"": flat(old(weights, 2.0))}), tmp_path)
+    model = MegatronBertForMaskedLM.from_pretrained(folder)
+    ids, mask, types_ = core.inputs
+    with torch.no_grad():
+        one, other = (model(ids, attention_mask=mask, token_type_ids=kinds).logits for kinds in (None, types_))
+    assert torch.equal(one, other)
+
+
+def bad_nemo_files(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
+    weights = {"": flat(old(core.weights, 2.0))}
+    yield nemo(folder / "post", weights, transformer_block_type="post_ln"), "transformer_block_type post_ln is not"
+    yield nemo(folder / "norm", weights, normalization="layernorm1p"), "normalization layernorm1p is not"
+    yield nemo(folder / "ranks", weights, tensor_model_parallel_size=2), "2 tensor-parallel ranks, and 1 are there"
+    yield nemo(folder / "less", {}), "has no model_weights.ckpt"
+    yield (
+        nemo(folder / "list", {"": {}}, model=[1]),
+        "no configuration of NeMo's: it holds list",
+    )
+    cut = nemo(folder / "cut", weights)
+    cut.write_bytes(cut.read_bytes()[:20000])
+    yield cut, "cut/bert.nemo is truncated or damaged"
+    zipped = nemo(folder / "zipped", weights, mode="w:gz")
+    zipped.write_bytes(zipped.read_bytes()[:20000])
+    yield zipped, "zipped/bert.nemo is truncated or damaged"
+    (folder / "noise.nemo").write_bytes(random.Random(1).randbytes(2000))
+    yield folder / "noise.nemo", "noise.nemo is truncated or damaged"
+    with tarfile.open(folder / "out.nemo", "w") as archive:
+        archive.add(folder / "noise.nemo", arcname="../outside")
+    yield folder / "out.nemo", "../outside would be written elsewhere"
+
+
 @pytest.mark.parametrize("core", [False], indirect=True, ids=["untied"])
 def test_an_output_layer_of_its_own(core: Core, tmp_path: Path) -> None:
     check(converted(save(tmp_path / "run", ranks_of(core, 2), args=arguments()), tmp_path), core)
@@ -347,7 +446,7 @@ def test_heads_are_a_number_above_0(tmp_path: Path, heads: str, capsys: pytest.C
 
 
 def test_bad_input_is_one_line(core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for source, said in bad_sources(core, tmp_path):
+    for source, said in chain(bad_sources(core, tmp_path), bad_nemo_files(core, tmp_path / "nemo")):
         assert main(["convert", str(source), str(tmp_path / "model")]) == 2
         captured = capsys.readouterr()
         assert said in captured.err

@@ -1,14 +1,17 @@
-"""Megatron-LM's BERT as this family's: configuration, and weights by our names.
+"""Megatron-LM's BERT as this family's, and NeMo's: configuration, and weights by our names.
 
 Names and layouts are those of Megatron-LM from its first release to `megatron.core.models.bert` (the modules' own
-names there), which calls the same things differently. Ranks' parts are put together by our sharding table, which is
-the same as theirs (arXiv 1909.08053, section 3).
+names there), which calls the same things differently. NeMo's are the former or the latter. Ranks' parts are put
+together by our sharding table, which is the same as theirs (arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from megatron_bert.checkpoint.megatron_files import ranks_of_checkpoint, read_rank
+from megatron_bert.checkpoint.megatron_files import files_of_checkpoint, read_rank
+from megatron_bert.checkpoint.nemo_files import NemoConfiguration
+from megatron_bert.data.tokenization import load_tokenizer
 from megatron_bert.errors import UserError
 from megatron_bert.model import (
     MegatronBertConfig,
@@ -63,6 +69,7 @@ _AROUND = {
     "lm_head": "cls.predictions",  # its bias
     "output_layer": "cls.predictions.decoder",
     "word_embeddings_for_head": "cls.predictions.decoder",
+    "word_embeddings": "cls.predictions.decoder",  # NeMo's name of the same
     "lm_head.dense": "cls.predictions.transform.dense",
     "lm_head.layernorm": "cls.predictions.transform.LayerNorm",
     "lm_head.layer_norm": "cls.predictions.transform.LayerNorm",
@@ -70,7 +77,9 @@ _AROUND = {
     "classification_head": "classifier",
     "multichoice_head": "classifier",
 }
-_SIZED = tuple(f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type"))
+_WORDS, _POSITIONS, _TOKEN_TYPES = (
+    f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")
+)
 _DECODER = "cls.predictions.decoder.weight"
 # What would make another architecture of it.
 _ONLY: dict[str, Any] = {
@@ -81,27 +90,33 @@ _ONLY: dict[str, Any] = {
     "normalization": "LayerNorm",
     "position_embedding_type": "learned_absolute",
     "num_experts": None,
+    # NeMo's arguments.
+    "transformer_block_type": "pre_ln",
+    "activation": "gelu",
+    "headscale": False,
 }
 
 
 @dataclass(frozen=True)
 class MegatronModel:
-    """A model of Megatron-LM's.
+    """A model of Megatron-LM's or NeMo's.
 
     Attributes:
         model_class: of the family, which has its heads.
         weights: by the names of that class; without those that are tied to others.
         steps: that it was trained for, where that is said.
+        tokenizer: where the checkpoint has its vocabulary, as NeMo's do.
     """
 
     model_class: type[MegatronBertPreTrainedModel]
     config: MegatronBertConfig
     weights: dict[str, Tensor]
     steps: int | None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def read_megatron(source: Path, *, heads: int | None = None) -> MegatronModel | None:
-    """The model of a Megatron-LM checkpoint; None where `source` is none. See `ranks_of_checkpoint`.
+    """The model of a checkpoint of Megatron-LM's or NeMo's; None where `source` is none. See `files_of_checkpoint`.
 
     Args:
         heads: attention heads, where the checkpoint does not have Megatron-LM's arguments.
@@ -109,25 +124,28 @@ def read_megatron(source: Path, *, heads: int | None = None) -> MegatronModel | 
     Raises:
         UserError: it cannot be read, is of another architecture, or incomplete.
     """
-    with ranks_of_checkpoint(source) as stages:
-        if stages is None:
+    with files_of_checkpoint(source) as checkpoint:
+        if checkpoint is None:
             return None
         weights: dict[str, Tensor] = {}
         first: dict[str, Any] = {}
         num_heads = 0
         try:
-            for files in stages:
-                ranks = [read_rank(file) for file in files]
+            for files in checkpoint.stages:
+                ranks = [read_rank(file, checkpoint.nemo) for file in files]
                 if not first:
                     first, num_heads = ranks[0], _num_heads(ranks[0], len(ranks), heads)
                 weights |= _whole_weights(ranks, num_heads, first_layer=_num_layers(weights))
             _settle_decoder(weights)
+            _settle_token_types(weights)
             config = _config(weights, num_heads, first["args"])
         except UserError as error:
             where = "" if str(source) in str(error) else f"{source}: "
             raise UserError(f"{where}{error}") from error
+        tokenizer = _tokenizer(checkpoint.nemo)
     steps = first.get("iteration")
-    return MegatronModel(_model_class(weights), config, weights, steps if isinstance(steps, int) and steps else None)
+    trained = steps if isinstance(steps, int) and steps else None
+    return MegatronModel(_model_class(weights), config, weights, trained, tokenizer)
 
 
 # --- Weights
@@ -173,7 +191,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tens
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}.")
         elif isinstance(value, Tensor) and not name.endswith("_extra_state"):  # scales of products in float8
-            name = re.sub(r"^(?:module\.)*(?:language_model\.)?", "", name)
+            name = re.sub(r"^(?:model\.)?(?:module\.)*(?:language_model\.)?", "", name)
             yield re.sub(r"^transformer\.", "encoder.", name), value
 
 
@@ -211,13 +229,20 @@ def _settle_decoder(weights: dict[str, Tensor]) -> None:
     """The product with the vocabulary: tied to the word embeddings and saved again, as by a pipeline's last stage, or a
     weight of its own, with the bias that we call by two names.
     """
-    words = weights.get("bert.embeddings.word_embeddings.weight")
+    words = weights.get(_WORDS)
     if _DECODER not in weights or words is None:
         return
     if torch.equal(weights[_DECODER], words):
         del weights[_DECODER]
     elif "cls.predictions.bias" in weights:
         weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
+
+
+def _settle_token_types(weights: dict[str, Tensor]) -> None:
+    """Without a head for pairs, Megatron-LM trains no token types (`pretrain_bert.py`): both add nothing."""
+    words = weights.get(_WORDS)
+    if words is not None:
+        weights.setdefault(_TOKEN_TYPES, words.new_zeros(2, words.shape[1]))
 
 
 def _num_layers(weights: Mapping[str, Tensor]) -> int:
@@ -235,7 +260,21 @@ def _model_class(weights: Mapping[str, Tensor]) -> type[MegatronBertPreTrainedMo
     return MegatronBertModel
 
 
-# --- Configuration
+# --- Configuration, tokenizer
+
+
+def _tokenizer(nemo: NemoConfiguration | None) -> PreTrainedTokenizerBase | None:
+    if nemo is None or nemo.vocabulary is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(nemo.vocabulary, Path(folder) / "vocab.txt")
+        settings = json.dumps({"do_lower_case": nemo.lower_cases})
+        (Path(folder) / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+        try:
+            return load_tokenizer(folder)
+        except UserError as error:
+            log.warning("its vocabulary is left out (--tokenizer): %s", error)
+            return None
 
 
 def _num_heads(first: Mapping[str, Any], degree: int, heads: int | None) -> int:
@@ -267,7 +306,7 @@ def _config(weights: Mapping[str, Tensor], num_heads: int, args: Mapping[str, An
     """Sizes are the weights'; the rest is Megatron-LM's arguments, or their defaults there (`arguments.py`). Where bias
     and activation were fused, GELU is its tanh approximation (`fused_bias_gelu.py`); without arguments, the exact one.
     """
-    for name in (*_SIZED, "bert.encoder.layer.0.intermediate.dense.weight"):
+    for name in (_WORDS, _POSITIONS, "bert.encoder.layer.0.intermediate.dense.weight"):
         if name not in weights:
             raise UserError(f"it is no BERT of Megatron-LM's: it has no {name}")
     shapes = {name.removeprefix("bert."): weight.shape for name, weight in weights.items()}

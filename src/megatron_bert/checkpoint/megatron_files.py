@@ -1,8 +1,9 @@
-"""The files of a Megatron-LM checkpoint: found, and read without running anything in them.
+"""The files of a checkpoint of Megatron-LM's, or NeMo's: found, and read without running anything in them.
 
 Megatron-LM (github.com/NVIDIA/Megatron-LM, `megatron/training/checkpointing.py` and what came before it) writes
 `iter_0001000/mp_rank_01_002/model_optim_rng.pt`: a step, or `release` in place of it, tensor-parallel rank 1 and stage
 2 of a pipeline, which older versions have not. NVIDIA's own BERT, of 345 million parameters, is that in a zip file.
+NeMo, which grew out of it, has files of its own (`nemo_files.py`) with weights under the same names.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,41 +24,78 @@ import torch
 from torch.serialization import safe_globals
 
 from megatron_bert.checkpoint.folder import explaining_damage
+from megatron_bert.checkpoint.nemo_files import (
+    NEMO_WEIGHTS,
+    NemoConfiguration,
+    read_nemo_configuration,
+    unpacked_nemo,
+)
 from megatron_bert.errors import UserError
 
-__all__ = ["ranks_of_checkpoint", "read_rank"]
+__all__ = ["CheckpointFiles", "files_of_checkpoint", "read_rank"]
 
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 _TRACKER = "latest_checkpointed_iteration.txt"
-_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_RANK = re.compile(r"(?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?")
 _MOST_KINDS = 64  # of objects beside the weights: arguments, random states
 
 
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Of one checkpoint.
+
+    Attributes:
+        stages: by stage of the pipeline and tensor-parallel rank.
+        nemo: NeMo's configuration, of a checkpoint of NeMo's.
+    """
+
+    stages: list[list[Path]]
+    nemo: NemoConfiguration | None = None
+
+
 @contextmanager
-def ranks_of_checkpoint(source: Path) -> Iterator[list[list[Path]] | None]:
-    """The files of a checkpoint, by stage of the pipeline and tensor-parallel rank; None where `source` is none.
+def files_of_checkpoint(source: Path) -> Iterator[CheckpointFiles | None]:
+    """The files of a checkpoint; None where `source` is none.
 
     Args:
-        source: a file of one rank, a zip file, the folder of a step, or the one that it is in.
+        source: a file of one rank, a zip file, the folder of a step, or the one that it is in; a `.nemo` file, or the
+            folder that it was unpacked to.
 
     Raises:
         UserError: it is one, but of another format, or files of it are missing.
     """
+    with unpacked_nemo(source) as folder:
+        if folder is not None:
+            yield _nemo_files(folder, source)
+            return
     if source.is_file() and zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             names = _of_one_step(archive, source)
             if names:
                 with tempfile.TemporaryDirectory() as folder:
-                    yield _ranks([Path(archive.extract(name, folder)) for name in names], source)
+                    files = [Path(archive.extract(name, folder)) for name in names]
+                    yield CheckpointFiles(_ranks(files, source))
                 return
     if source.is_file():
-        yield [[source]] if source.suffix == ".pt" else None
+        yield CheckpointFiles([[source]]) if source.suffix == ".pt" else None
         return
     step = _step_folder(source)
     files = [file for name in _FILES for file in sorted(step.glob(f"mp_rank_*/{name}"))]
     if not files and any(step.glob("*.distcp")):
         raise UserError(f"{step} is a distributed checkpoint of Megatron-LM's: save it again with --ckpt-format torch")
-    yield _ranks(files, source) if files else None
+    yield CheckpointFiles(_ranks(files, source)) if files else None
+
+
+def _nemo_files(folder: Path, source: Path) -> CheckpointFiles:
+    files = sorted(folder.glob(f"*_rank_*/{NEMO_WEIGHTS}"))
+    alone = folder / NEMO_WEIGHTS
+    if not files and not alone.is_file():
+        raise UserError(f"{source} has no {NEMO_WEIGHTS}: it is a distributed checkpoint of NeMo's, or not whole")
+    try:
+        configuration = read_nemo_configuration(folder)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    return CheckpointFiles(_ranks(files, source) if files else [[alone]], configuration)
 
 
 def _step_folder(source: Path) -> Path:
@@ -119,20 +158,23 @@ class _Inert:
         self.state = state
 
 
-def read_rank(file: Path) -> dict[str, Any]:
+def read_rank(file: Path, nemo: NemoConfiguration | None = None) -> dict[str, Any]:
     """What Megatron-LM saved of a rank, on the CPU. Objects of other types than tensors, numbers, text and containers
-    of them are inert; `args` are a mapping of Megatron-LM's arguments, empty where there are none.
+    of them are inert; `args` are a mapping of Megatron-LM's arguments, empty where there are none. NeMo's file has the
+    model alone, and the rest is its configuration's.
 
     Raises:
         UserError: the file is damaged, or holds something else.
     """
     state = _load(file)
+    if nemo is not None:
+        state = {"model": state, "args": dict(nemo.arguments), "checkpoint_version": nemo.checkpoint_version}
     if not isinstance(state, dict) or not isinstance(state.get("model"), Mapping):
         names = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
         more = "an interleaved pipeline's model0; " if isinstance(state, dict) and "model0" in state else ""
         raise UserError(f"{file} is no checkpoint of Megatron-LM's that can be converted: {more}it holds {names}")
     args = state.get("args")
-    attributes = args.state if isinstance(args, _Inert) else None
+    attributes = args.state if isinstance(args, _Inert) else args
     if isinstance(args, argparse.Namespace):  # megatron-core, where it is imported, has PyTorch take these
         attributes = vars(args)
     return {**state, "args": attributes if isinstance(attributes, Mapping) else {}}

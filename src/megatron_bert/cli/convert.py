@@ -1,7 +1,7 @@
 """Write a model as a folder that Transformers loads: configuration, safetensors, tokenizer.
 
 Of a pretraining run it is the newest good checkpoint; the run may be finished, stopped or still going. Of a checkpoint
-of Megatron-LM's (BERT) it is what all ranks together hold.
+of Megatron-LM's or NeMo's (BERT) it is what all ranks together hold.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SRC",
-        help="the output folder of a pretraining run, or one of its checkpoints; or a checkpoint of Megatron-LM's: a "
-        "folder, a zip file or model_optim_rng.pt",
+        help="the output folder of a pretraining run, or one of its checkpoints; or a checkpoint of Megatron-LM's or "
+        "NeMo's: a folder, a zip file, model_optim_rng.pt or a .nemo file",
     )
     parser.add_argument("destination", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="the run's, where it was moved since it was trained; a folder or vocab.txt to go with Megatron-LM's model",
+        help="the run's, where it was moved since it was trained; a folder or vocab.txt to go with Megatron-LM's "
+        "model, or NeMo's (default: what the .nemo file has)",
     )
     parser.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where Megatron-LM's checkpoint does not say (default: "

@@ -177,10 +177,11 @@ def convert_megatron(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> int | None:
-    """Writes a Megatron-LM checkpoint as a model folder. See `read_megatron`; `convert_run` for the other arguments.
+    """Writes a checkpoint of Megatron-LM's or NeMo's as a model folder. See `read_megatron`; `convert_run` for the
+    other arguments.
 
     Args:
-        tokenizer: to be put beside the model; without it the folder has none.
+        tokenizer: to be put beside the model; without it the checkpoint's own, where it has one, as NeMo's do.
         dtype: default: as the checkpoint has them.
 
     Returns:
@@ -195,12 +196,14 @@ def convert_megatron(
         if path is not None and not path.exists():
             raise UserError(f"{path}: no such file or folder")
     _check_destination(folder, source, overwrite=overwrite)
-    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    loaded: PreTrainedTokenizerBase | None = load_tokenizer(tokenizer) if tokenizer else None
     found = read_megatron(source, heads=heads)
     if found is None:
-        raise UserError(f"{source} has no checkpoint, neither a pretraining run's nor Megatron-LM's")
+        raise UserError(f"{source} has no checkpoint, neither a pretraining run's nor Megatron-LM's or NeMo's")
+    loaded = loaded or found.tokenizer
     if loaded is not None and len(loaded) > found.config.vocab_size:
-        raise UserError(f"{tokenizer} has {len(loaded):,} tokens, and the model {found.config.vocab_size:,}")
+        name = tokenizer or f"the vocabulary in {source}"
+        raise UserError(f"{name} has {len(loaded):,} tokens, and the model {found.config.vocab_size:,}")
     with torch.device("meta"):
         network = found.model_class(found.config)
     materialize(network, torch.device("cpu"))
