@@ -189,7 +189,7 @@ def test_what_cannot_be_converted(run: Path, tmp_path: Path, capsys: pytest.Capt
         return error
 
     assert "no such file or folder" in refused(str(tmp_path / "none"), str(tmp_path / "model"))
-    assert "has no checkpoint" in refused(str(tmp_path), str(tmp_path / "model"))
+    assert "has no model" in refused(str(tmp_path), str(tmp_path / "model"))
     (tmp_path / "there").mkdir()
     assert "is there already" in refused(str(run), str(tmp_path / "there"))
     assert "would replace what is converted" in refused(str(run), str(run.parent), "--overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import enum
 import json
 import os
@@ -29,6 +30,8 @@ from megatron_bert import AutoTokenizer
 from megatron_bert.checkpoint.megatron_files import read_rank
 from megatron_bert.cli.main import main
 from megatron_bert.model import (
+    MegatronBertConfig,
+    MegatronBertForCausalLM,
     MegatronBertForMaskedLM,
     MegatronBertForMultipleChoice,
     MegatronBertForPreTraining,
@@ -37,7 +40,7 @@ from megatron_bert.model import (
 )
 from tests.integration.tiny_megatron import WORDS
 
-HIDDEN, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 4, 4, 64, 16
+HIDDEN, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 4, 4, 128, 16
 ARGUMENTS = {
     "num_layers": LAYERS, "num_attention_heads": HEADS, "layernorm_epsilon": 1e-5, "hidden_dropout": 0.0,
     "attention_dropout": 0.0, "init_method_std": 0.02, "bias_gelu_fusion": False, "position_embedding_type":
@@ -337,7 +340,7 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
         (folder / "noise.pt").write_bytes(random.Random(seed).randbytes(seed * 8))
         yield folder / "noise.pt", "noise.pt "
     (folder / "text.txt").write_text("text")
-    yield folder / "text.txt", "has no checkpoint"
+    yield folder / "text.txt", "has no model"
 
 
 def nemo(folder: Path, ranks: dict[str, Weights], prefix: str = "model.", mode: str = "w:", **changes: Any) -> Path:
@@ -434,9 +437,93 @@ def bad_nemo_files(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     yield folder / "out.nemo", "../outside would be written elsewhere"
 
 
+def written_for_megatron(source: Path, folder: Path, *words: str) -> list[dict[str, Any]]:
+    """What each rank's file holds."""
+    assert main(["convert", str(source), str(folder), "--to", "megatron", *words]) == 0
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release\n"
+    return [torch.load(file, weights_only=False) for file in sorted((folder / "release").glob("*/model_optim_rng.pt"))]
+
+
+def same(ours: Weights, theirs: Weights) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+
+
+def test_back_to_megatron_core(core: Core, tmp_path: Path) -> None:
+    """What `BertModel.load_state_dict` takes, to the bit; of two ranks, as they split it, the vocabulary filled up to
+    128 rows for each (`vocab_size_with_padding`).
+    """
+    folder = converted(nemo(tmp_path / "nemo", {"": flat(old(core.weights, 2.0))}), tmp_path)
+    (whole,) = written_for_megatron(folder, tmp_path / "one")
+    same(whole["model"], core.weights)
+    said = whole["args"]
+    assert (said.num_layers, said.num_attention_heads, said.padded_vocab_size) == (LAYERS, HEADS, VOCABULARY)
+    assert (said.tokenizer_type, said.norm_epsilon, said.bias_gelu_fusion) == ("BertWordPieceCase", 1e-5, False)
+    assert (tmp_path / "one" / "vocab.txt").read_text().splitlines()[-len(WORDS) :] == WORDS
+    padded = {**core.weights}
+    for name in ("embedding.word_embeddings.weight", "output_layer.bias", "output_layer.weight"):
+        if name in padded:
+            rows = padded[name].new_full((VOCABULARY, *padded[name].shape[1:]), 0.0 if "weight" in name else -1e4)
+            padded[name] = torch.cat([padded[name], rows])
+    two = written_for_megatron(folder, tmp_path / "two", "--tensor-parallel", "2")
+    for rank, state in enumerate(two):
+        same(state["model"], ranks_of(core._replace(weights=padded), 2)[rank])
+        assert (state["args"].tensor_model_parallel_size, state["args"].padded_vocab_size) == (2, 2 * VOCABULARY)
+    back = MegatronBertForPreTraining.from_pretrained(converted(tmp_path / "two", tmp_path / "back"))
+    ids, mask, types_ = core.inputs
+    with torch.no_grad():
+        logits = back(ids, attention_mask=mask, token_type_ids=types_).prediction_logits
+    real = mask.bool()
+    torch.testing.assert_close(logits[real][:, :VOCABULARY], core.logits[real], rtol=1e-5, atol=2e-5)
+    assert logits[real][:, VOCABULARY:].max() < -9e3
+    assert main(["convert", str(folder), str(tmp_path / "two"), "--to", "megatron", "--overwrite"]) == 0
+    (tmp_path / "two" / "iter_0000100").mkdir()  # a run of Megatron-LM's went on in it
+    assert main(["convert", str(folder), str(tmp_path / "two"), "--to", "megatron", "--overwrite"]) == 2
+
+
+def test_back_without_a_head_for_pairs(core: Core, tmp_path: Path) -> None:
+    """`--bert-no-binary-head`: no pooler, no token types (`pretrain_bert.py`), so that all tokens are of the first."""
+    source = tmp_path / "masked"
+    MegatronBertForMaskedLM.from_pretrained(
+        converted(save(tmp_path / "run", [core.weights], args=arguments()), tmp_path)
+    ).save_pretrained(source)
+    (state,) = written_for_megatron(source, tmp_path / "back")
+    expected = {name: weight for name, weight in core.weights.items()
+                if not name.startswith(("binary_head", "pooler", "embedding.tokentype"))}  # fmt: skip
+    expected["embedding.position_embeddings.weight"] = (
+        core.weights["embedding.position_embeddings.weight"] + core.weights["embedding.tokentype_embeddings.weight"][0]
+    )
+    same(state["model"], expected)
+    assert not state["args"].bert_binary_head
+
+
+def test_what_megatron_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MegatronBertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                intermediate_size=64)  # fmt: skip
+    relu, decoder = copy.deepcopy(config), copy.deepcopy(config)
+    relu.hidden_act, decoder.is_decoder = "relu", True
+    cases: list[tuple[Any, list[str], str]] = [
+        (MegatronBertForSequenceClassification(config), [], "no counterpart of MegatronBertForSequenceClassification"),
+        (MegatronBertForCausalLM(decoder), [], "no counterpart of a decoder"),
+        (MegatronBertForMaskedLM(relu), [], "has GELU, and this model hidden_act relu"),
+        (MegatronBertForMaskedLM(config), ["--tensor-parallel", "3"], "cannot be split over 3 ranks"),
+        (MegatronBertForMaskedLM(config), ["--tensor-parallel", "0"], "--tensor-parallel 0 is not a number above 0"),
+        (MegatronBertForMaskedLM(config), ["--heads", "2"], "says itself how many heads it has"),
+        (MegatronBertForMaskedLM(config), ["--to", "transformers", "--tensor-parallel", "2"], "is for --to megatron"),
+    ]
+    for number, (model, words, said) in enumerate(cases):
+        model.save_pretrained(source := tmp_path / str(number))
+        assert main(["convert", str(source), str(tmp_path / "out"), "--to", "megatron", *words]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("core", [False], indirect=True, ids=["untied"])
 def test_an_output_layer_of_its_own(core: Core, tmp_path: Path) -> None:
-    check(converted(save(tmp_path / "run", ranks_of(core, 2), args=arguments()), tmp_path), core)
+    check(folder := converted(save(tmp_path / "run", ranks_of(core, 2), args=arguments()), tmp_path), core)
+    (state,) = written_for_megatron(folder, tmp_path / "back")
+    same(state["model"], core.weights)
 
 
 @pytest.mark.parametrize("heads", ["0", "-4"])

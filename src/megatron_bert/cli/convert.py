@@ -1,4 +1,4 @@
-"""Write a model as a folder that Transformers loads: configuration, safetensors, tokenizer.
+"""Write a model as a folder that Transformers loads: configuration, safetensors, tokenizer; or for Megatron-LM.
 
 Of a pretraining run it is the newest good checkpoint; the run may be finished, stopped or still going. Of a checkpoint
 of Megatron-LM's or NeMo's (BERT) it is what all ranks together hold.
@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_bert.bundled import resolved
 from megatron_bert.errors import UserError
 
 
@@ -19,16 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SRC",
-        help="the output folder of a pretraining run, or one of its checkpoints; or a checkpoint of Megatron-LM's or "
-        "NeMo's: a folder, a zip file, model_optim_rng.pt or a .nemo file",
+        help="the output folder of a pretraining run, or one of its checkpoints; a model's folder; or a checkpoint of "
+        "Megatron-LM's or NeMo's: a folder, a zip file, model_optim_rng.pt or a .nemo file",
     )
     parser.add_argument("destination", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument(
+        "--to", choices=["transformers", "megatron"], default="transformers", help="whose (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="ranks that Megatron-LM's checkpoint is for "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=lambda name: Path(resolved(name)),
         metavar="DIR",
-        help="the run's, where it was moved since it was trained; a folder or vocab.txt to go with Megatron-LM's "
-        "model, or NeMo's (default: what the .nemo file has)",
+        help="the run's, where it was moved since it was trained; a folder or vocab.txt to go with another model "
+        "(default: its own)",
     )
     parser.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where Megatron-LM's checkpoint does not say (default: "
@@ -48,21 +56,20 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from megatron_bert.training.export import convert_megatron, convert_run, is_run
+    from megatron_bert.training.conversion import convert
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    options = {"tokenizer": args.tokenizer, "overwrite": args.overwrite}
-    if args.dtype:
-        options["dtype"] = getattr(torch, args.dtype)
     if args.heads is not None and args.heads < 1:
         raise UserError(f"--heads {args.heads} is not a number above 0")
-    steps: int | None
-    if is_run(args.source):
-        if args.heads:
-            raise UserError("--heads is for checkpoints of Megatron-LM's; a run knows its own")
-        steps = convert_run(args.source, args.destination, **options)
-    else:
-        steps = convert_megatron(args.source, args.destination, heads=args.heads, **options)
+    if args.tensor_parallel < 1:
+        raise UserError(f"--tensor-parallel {args.tensor_parallel} is not a number above 0")
+    if args.tensor_parallel > 1 and args.to != "megatron":
+        raise UserError("--tensor-parallel is for --to megatron: Transformers' folder is for any number of processes")
+    steps = convert(
+        Path(resolved(args.source)), args.destination, to=args.to, tensor_parallel=args.tensor_parallel,
+        tokenizer=args.tokenizer, heads=args.heads, dtype=getattr(torch, args.dtype) if args.dtype else None,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     if args.json:
         print(json.dumps({"model": str(args.destination), "steps": steps}))
     else:
