@@ -19,6 +19,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "fill-mask": Verb("megatron_bert.cli.fill_mask", "predict the masked words of texts"),
+    "serve": Verb("megatron_bert.cli.serve", "fill masks over HTTP"),
     "tokenizer": Verb("megatron_bert.cli.tokenizer", "train and inspect WordPiece vocabularies"),
     "preprocess": Verb("megatron_bert.cli.preprocess", "turn text into a token file for pretraining"),
     "pretrain": Verb("megatron_bert.cli.pretrain", "train a model from a recipe"),
@@ -26,7 +27,9 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("megatron_bert.cli.evaluate", "score a model by a published protocol"),
     "plan": Verb("megatron_bert.cli.plan", "predict memory, communication and speed on many GPUs"),
     "plot": Verb("megatron_bert.cli.plot", "draw the curves of runs"),
-    "convert": Verb("megatron_bert.cli.convert", "write a pretraining run's model, or Megatron-LM's, for Transformers"),
+    "convert": Verb(
+        "megatron_bert.cli.convert", "write a model for Transformers or Megatron-LM: a run's, Megatron-LM's, NeMo's"
+    ),
 }
 
 

@@ -102,7 +102,7 @@ class MaskFiller:
     ) -> None:
         check_top_k(top_k, encoder)
         self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
-        self._predictor = MaskPredictor(
+        self.predictor = MaskPredictor(
             model,
             num_tokens=encoder.num_tokens,
             pad_id=encoder.pad_id or 0,
@@ -110,7 +110,7 @@ class MaskFiller:
             batch_tokens=batch_tokens,
             region=region,
         )
-        self.batch_tokens = self._predictor.batch_tokens
+        self.batch_tokens = self.predictor.batch_tokens
         self._token_strs: dict[int, str] = {}
 
     def fill(self, texts: Iterable[str]) -> list[Filled]:
@@ -136,16 +136,17 @@ class MaskFiller:
         for chunk in chunks:
             encoded = self.encoder.encode(chunk)
             answers: dict[int, list[list[Prediction]]] = {}
-            for indices, candidates in self._predictor.predict(encoded):
+            for indices, candidates in self.predictor.predict(encoded):
                 for index, found in zip(indices, candidates, strict=True):
-                    answers[index] = self._named(encoded[index], found)
+                    answers[index] = self.named(encoded[index], found)
                 predicted(len(indices))
             for index, text in enumerate(chunk):
                 yield Filled(text.text, answers[index])
 
-    def _named(self, text: MaskedText, found: Candidates) -> list[list[Prediction]]:
+    def named(self, text: MaskedText, found: Candidates, top_k: int | None = None) -> list[list[Prediction]]:
+        """What ``predictor`` found for a text, in words; of ``top_k`` candidates (default: all) for each mask."""
         by_mask = zip(text.mask_positions, found.scores, found.tokens, strict=True)
-        return [self._name(text, position, scores, tokens) for position, scores, tokens in by_mask]
+        return [self._name(text, position, scores[:top_k], tokens[:top_k]) for position, scores, tokens in by_mask]
 
     def _name(self, text: MaskedText, position: int, scores: list[float], tokens: list[int]) -> list[Prediction]:
         """The candidates for one mask in words, as Transformers' pipeline puts them."""

@@ -1,0 +1,1 @@
+"""Masks filled over HTTP: requests that come at the same time are predicted together."""
