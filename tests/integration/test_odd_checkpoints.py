@@ -13,6 +13,7 @@ from megatron_bert.checkpoint.folder import check_folder
 from megatron_bert.checkpoint.load import load_model
 from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.cli.main import main
+from megatron_bert.errors import UserError
 from megatron_bert.model import (
     MegatronBertConfig,
     MegatronBertForMaskedLM,
@@ -212,6 +213,28 @@ def test_weights_in_several_files(tmp_path, said, safe):
     model = load_model(MegatronBertForMaskedLM, tmp_path)
     torch.testing.assert_close(logits(model), logits(reference), rtol=2e-5, atol=2e-5)
     assert said() == []
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_model_of_the_hub_is_looked_at_too(tmp_path, monkeypatch, safe):
+    """From the hub's own cache, as after a first download."""
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--someone--model"
+    folder = cache / "snapshots" / commit
+    reference = write_tiny_model(folder, safe=safe)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = load_model(MegatronBertForMaskedLM, "someone/model", dtype="float32")
+    torch.testing.assert_close(logits(loaded), logits(reference), rtol=2e-5, atol=2e-5)
+
+    weights = {name: value for name, value in reference.state_dict().items() if "layer.1.output" not in name}
+    if safe:
+        weights.pop("cls.predictions.decoder.weight"), weights.pop("cls.predictions.decoder.bias")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"layer\.1\.output\.dense\.weight is not among the weights"):
+        load_model(MegatronBertForMaskedLM, "someone/model")
 
 
 def test_a_smaller_tokenizer_is_no_mistake(tmp_path, capsys):
