@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,22 @@ def test_an_absent_head_is_said_in_one_line(tmp_path, said, capfd):
     assert "newly initialized" in line
     assert "\n" not in line
     assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_what_another_thread_loads_meanwhile_is_said_as_ever(tmp_path, said, monkeypatch):
+    write_tiny_model(tmp_path)
+    read = transformers.PreTrainedModel.from_pretrained.__func__
+
+    def read_both(cls, *args, **options):
+        with ThreadPoolExecutor() as other:
+            other.submit(read, transformers.MegatronBertForPreTraining, tmp_path).result()
+        return read(cls, *args, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(read_both))
+    MegatronBertForPreTraining.from_pretrained(tmp_path)
+    theirs, ours = said()
+    assert "LOAD REPORT" in theirs
+    assert "LOAD REPORT" not in ours
 
 
 def test_a_bare_encoder_under_a_head(tmp_path, said):

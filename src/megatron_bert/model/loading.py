@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -111,10 +112,13 @@ def _complete_bias(model: nn.Module, missing: set[str]) -> None:
 
 @contextmanager
 def _held_back_report(records: list[logging.LogRecord]) -> Iterator[None]:
-    """Holds back Transformers' table of missing and unexpected weights, into `records`."""
+    """Holds back Transformers' table of missing and unexpected weights, into `records`; not that of what another
+    thread loads meanwhile.
+    """
+    thread = get_ident()
 
     def hold_back(record: logging.LogRecord) -> bool:
-        if not any(sign in record.getMessage() for sign in _REPORT_SIGNS):
+        if record.thread != thread or not any(sign in record.getMessage() for sign in _REPORT_SIGNS):
             return True
         records.append(record)
         return False
