@@ -187,6 +187,16 @@ def test_a_padded_vocabulary_never_predicts_its_padding(tmp_path):
     torch.testing.assert_close(logits(model)[..., real], logits(reference)[..., real], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", '{"model": null}', "[]", "\ufeff{}"])
+def test_a_tokenizer_that_cannot_be_read_is_no_harm_to_the_weights(tmp_path, said, content):
+    reference = write_tiny_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    model = MegatronBertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(model), logits(reference), rtol=2e-5, atol=2e-5)
+    (line,) = said()
+    assert "the tokenizer beside the weights cannot be read" in line
+
+
 def test_a_cased_vocabulary_and_nothing_else_beside_the_weights(tmp_path, capsys):
     """As GatorTron's folders: vocab.txt, config.json, pytorch_model.bin."""
     vocabulary = [*VOCABULARY, "Paris", "The", "MRI", "CT"]
