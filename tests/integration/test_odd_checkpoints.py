@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_bert.checkpoint.folder import check_folder
 from megatron_bert.checkpoint.load import load_model
 from megatron_bert.checkpoint.shards import load_shards
 from megatron_bert.cli.main import main
+from megatron_bert.errors import UserError
 from megatron_bert.model import (
     MegatronBertConfig,
     MegatronBertForMaskedLM,
@@ -136,6 +138,22 @@ def test_an_absent_head_is_said_in_one_line(tmp_path, said, capfd):
     assert "LOAD REPORT" not in capfd.readouterr().err
 
 
+def test_what_another_thread_loads_meanwhile_is_said_as_ever(tmp_path, said, monkeypatch):
+    write_tiny_model(tmp_path)
+    read = transformers.PreTrainedModel.from_pretrained.__func__
+
+    def read_both(cls, *args, **options):
+        with ThreadPoolExecutor() as other:
+            other.submit(read, transformers.MegatronBertForPreTraining, tmp_path).result()
+        return read(cls, *args, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(read_both))
+    MegatronBertForPreTraining.from_pretrained(tmp_path)
+    theirs, ours = said()
+    assert "LOAD REPORT" in theirs
+    assert "LOAD REPORT" not in ours
+
+
 def test_a_bare_encoder_under_a_head(tmp_path, said):
     reference = write_tiny_model(tmp_path).bert
     reference.save_pretrained(tmp_path)  # no prefix `bert.` and no head
@@ -167,6 +185,16 @@ def test_a_padded_vocabulary_never_predicts_its_padding(tmp_path):
     assert logits(model).argmax(-1).max() < len(VOCABULARY)
     real = slice(0, len(VOCABULARY))
     torch.testing.assert_close(logits(model)[..., real], logits(reference)[..., real], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", '{"model": null}', "[]", "\ufeff{}"])
+def test_a_tokenizer_that_cannot_be_read_is_no_harm_to_the_weights(tmp_path, said, content):
+    reference = write_tiny_model(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    model = MegatronBertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(model), logits(reference), rtol=2e-5, atol=2e-5)
+    (line,) = said()
+    assert "the tokenizer beside the weights cannot be read" in line
 
 
 def test_a_cased_vocabulary_and_nothing_else_beside_the_weights(tmp_path, capsys):
@@ -212,6 +240,28 @@ def test_weights_in_several_files(tmp_path, said, safe):
     model = load_model(MegatronBertForMaskedLM, tmp_path)
     torch.testing.assert_close(logits(model), logits(reference), rtol=2e-5, atol=2e-5)
     assert said() == []
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_model_of_the_hub_is_looked_at_too(tmp_path, monkeypatch, safe):
+    """From the hub's own cache, as after a first download."""
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--someone--model"
+    folder = cache / "snapshots" / commit
+    reference = write_tiny_model(folder, safe=safe)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = load_model(MegatronBertForMaskedLM, "someone/model", dtype="float32")
+    torch.testing.assert_close(logits(loaded), logits(reference), rtol=2e-5, atol=2e-5)
+
+    weights = {name: value for name, value in reference.state_dict().items() if "layer.1.output" not in name}
+    if safe:
+        weights.pop("cls.predictions.decoder.weight"), weights.pop("cls.predictions.decoder.bias")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"layer\.1\.output\.dense\.weight is not among the weights"):
+        load_model(MegatronBertForMaskedLM, "someone/model")
 
 
 def test_a_smaller_tokenizer_is_no_mistake(tmp_path, capsys):

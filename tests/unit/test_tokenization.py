@@ -206,6 +206,12 @@ class TestAutoTokenizer:
         config = transformers.MegatronBertConfig()
         assert type(AutoTokenizer.from_pretrained(tmp_path, config=config)) is MegatronBertTokenizer
 
+    def test_weights_without_a_vocabulary_beside_them(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "megatron-bert"}')
+        for load in (AutoTokenizer.from_pretrained, MegatronBertTokenizer.from_pretrained):
+            with pytest.raises(OSError, match=r"has no tokenizer: neither vocab\.txt nor tokenizer\.json"):
+                load(tmp_path)
+
     def test_another_model_gets_what_transformers_gives(self, tmp_path):
         vocabulary_folder(tmp_path, SPECIAL + WORDS, tokenizer_class="BertTokenizer")
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')

@@ -38,12 +38,11 @@ def load_model(
     required, and a model that the hub does not have or cannot be asked for. A folder never asks the network.
     """
     where = os.fspath(path_or_name)
-    source = local_path(where)
-    if source is None:
-        check_model(where)
-    else:
-        check_required(required, set(check_folder(source)), where)
-    model, info = _from_pretrained(model_class, where, dtype=dtype, local_files_only=source is not None, **changes)
+    is_local = local_path(where) is not None
+    if not is_local:
+        check_model(where)  # before its weights are fetched
+    check_required(required, set(check_folder(model_folder(where))), where)
+    model, info = _from_pretrained(model_class, where, dtype=dtype, local_files_only=is_local, **changes)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(required)) if required else []
     if missing:
         raise UserError(f"{where} lacks {missing[0]}, without which it cannot do this")

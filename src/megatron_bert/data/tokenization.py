@@ -78,7 +78,14 @@ class MegatronBertTokenizer(_MaskSpelling, BertTokenizer):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """The constructor's arguments from the files' (Transformers calls it), with the casing settled."""
+        """The constructor's arguments from the files' (Transformers calls it), with the casing settled.
+
+        Raises ``OSError`` where there is no vocabulary: Transformers would make every word an unknown one.
+        """
+        files = (kwargs.get("tokenizer_file"), kwargs.get("vocab_file"))
+        if "vocab" not in kwargs and not any(file is not None and os.path.isfile(file) for file in files):
+            where = kwargs.get("name_or_path")
+            raise OSError(f"{where} has no tokenizer: neither vocab.txt nor tokenizer.json is there")
         if kwargs.get("do_lower_case") is None:
             kwargs.update(_normalization(kwargs))
         convert: Callable[..., dict[str, Any]] = super().convert_to_native_format

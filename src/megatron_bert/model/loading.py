@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -68,12 +69,27 @@ class LoadingMixin:
 
 
 def num_tokens_beside(path_or_name: str | os.PathLike[str], **hub_arguments: Any) -> int | None:
-    """One more than the highest id of the tokenizer files beside a checkpoint; None where there are none."""
+    """One more than the highest id of the tokenizer files beside a checkpoint; None where there are none, or none that
+    can be read, which is said in one line: the weights are as good without.
+    """
     arguments = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     files = {
         name: cached_file(path_or_name, name, **arguments, **hub_arguments)
         for name in ("tokenizer.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
     }
+    try:
+        return _num_tokens(files)
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON, or not of a tokenizer
+        logger.warning(
+            "%s: the tokenizer beside the weights cannot be read (%s); rows that are padding may be predicted",
+            path_or_name,
+            error,
+        )
+        return None
+
+
+def _num_tokens(files: dict[str, Any]) -> int | None:
+    """The same of the files by name, None for those that are not there."""
     highest = -1
     if files["tokenizer.json"]:
         with open(files["tokenizer.json"], encoding="utf-8") as file:
@@ -111,10 +127,13 @@ def _complete_bias(model: nn.Module, missing: set[str]) -> None:
 
 @contextmanager
 def _held_back_report(records: list[logging.LogRecord]) -> Iterator[None]:
-    """Holds back Transformers' table of missing and unexpected weights, into `records`."""
+    """Holds back Transformers' table of missing and unexpected weights, into `records`; not that of what another
+    thread loads meanwhile.
+    """
+    thread = get_ident()
 
     def hold_back(record: logging.LogRecord) -> bool:
-        if not any(sign in record.getMessage() for sign in _REPORT_SIGNS):
+        if record.thread != thread or not any(sign in record.getMessage() for sign in _REPORT_SIGNS):
             return True
         records.append(record)
         return False
