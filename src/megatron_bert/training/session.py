@@ -110,12 +110,15 @@ class Session:
             )
         if not is_done or not self._has_its_model():
             return False
+        why, key = f"all {state.step} steps are done", self.steps_key
+        if state.step < self.steps:
+            why, key = f"nothing got better for too long, after {state.step} of {self.steps} steps", "training.patience"
         log.info(
-            "%s is finished: all %d steps are done; --overwrite starts over, and --set %s=N with --allow %s goes on",
+            "%s is finished: %s; --overwrite starts over, and --set %s=N with --allow %s goes on",
             self.folder,
-            state.step,
-            self.steps_key,
-            self.steps_key,
+            why,
+            key,
+            key,
         )
         return True
 
