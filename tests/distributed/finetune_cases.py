@@ -27,9 +27,9 @@ def places_in(task: str, recipe: Path, *overrides: str) -> list[str]:
     """What such a run tells the watch that it goes on to, which ends a run that is at one thing for too long."""
     plain, said = Watch.at, list[str]()
 
-    def at(watch: Watch, what: str) -> None:
+    def at(watch: Watch, what: str, **options: Any) -> None:
         said.append(what)
-        plain(watch, what)
+        plain(watch, what, **options)
 
     with patch.object(Watch, "at", at):
         finetunes(task, recipe, *overrides)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_bert.checkpoint.writer import CheckpointWriter, Snapshot
+from megatron_bert.checkpoint.writer import CheckpointWriter
 from megatron_bert.errors import UserError
+from megatron_bert.parallel import watch
 from megatron_bert.parallel.region import local_part
-from megatron_bert.parallel.watch import Watch
+from megatron_bert.training import session
 from megatron_bert.training.configuration import MeshSection, OptimizerSection, load_configuration
 from megatron_bert.training.execution import build_objective
 from megatron_bert.training.optimizer import build_optimizer
@@ -33,22 +35,38 @@ def trains(recipe: Path, *overrides: str) -> Any:
         return str(error)
 
 
-def is_unwatched_while_it_waits_for_its_last_checkpoint(recipe: Path, *overrides: str) -> bool:
-    """Whether nothing ends a run of which a slow disk is all that is left: writing begins when the watch is over."""
-    over, waited = threading.Event(), list[bool]()
-    plain_exit, plain_write = Watch.__exit__, CheckpointWriter._write
+def has_a_slow_disk(recipe: Path, *overrides: str) -> list[int]:
+    """The exit codes that the watch ends such a run with: it takes the first rank 1.5 s to finish a checkpoint."""
+    plain, codes = CheckpointWriter._finish, list[int]()
 
-    def leave(watch: Watch, *error: Any) -> None:
-        plain_exit(watch, *error)
-        over.set()
+    def finish(writer: CheckpointWriter, *args: Any) -> None:
+        if not dist.get_rank():
+            time.sleep(1.5)
+        plain(writer, *args)
 
-    def write(writer: CheckpointWriter, snapshot: Snapshot) -> OSError | None:
-        waited.append(over.wait(10))
-        return plain_write(writer, snapshot)
-
-    with patch.object(Watch, "__exit__", leave), patch.object(CheckpointWriter, "_write", write):
+    with (
+        patch.object(CheckpointWriter, "_finish", finish),
+        patch.object(watch, "_LOOK_SECONDS", 0.1),
+        patch.object(watch.os, "_exit", codes.append),
+    ):
         trains(recipe, *overrides)
-    return waited == [True]
+    return codes
+
+
+def looks_for_its_checkpoint(recipe: Path, *overrides: str) -> Any:
+    """The run where the first rank needs longer for that than the processes wait for each other."""
+    plain, waited = session.newest_good, dist.distributed_c10d._get_default_group()
+
+    def newest_good(run: Path) -> Path:
+        time.sleep(1)
+        return plain(run)
+
+    with patch.object(session, "newest_good", newest_good):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), waited)
+        try:
+            return trains(recipe, *overrides)
+        finally:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=240), waited)
 
 
 def layout(**options: bool) -> list[int]:

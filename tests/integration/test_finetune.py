@@ -233,7 +233,7 @@ def test_several_seeds_and_their_median(folder: Path, capsys: pytest.CaptureFixt
     assert not torch.equal(*heads)
 
 
-def test_it_stops_early(folder: Path) -> None:
+def test_it_stops_early(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a learning rate of next to nothing the first evaluation stays the best."""
     run = finetune(
         folder, "classify", "early", training__epochs=9, training__patience=2, optimizer__learning_rate=1e-12,
@@ -242,6 +242,11 @@ def test_it_stops_early(folder: Path) -> None:
     assert [record["step"] for record in records(run, "validation")] == [6, 12, 18]
     assert records(run, "training")[-1]["step"] == 18
     assert (run / "model").is_dir()
+    capsys.readouterr()
+    assert main(["finetune", "classify", str(folder / "early.yaml"), "--json"]) == 0
+    said = capsys.readouterr().err
+    assert "is finished: nothing got better for too long, after 18 of 54 steps; --overwrite starts over, and" in said
+    assert "--set training.patience=N with --allow training.patience goes on" in said
 
 
 def test_lora(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_stopping_says_how_to_go_on(
     assert main(command) == 0
     said = capsys.readouterr()
     assert said.out == "stopped  by SIGTERM after step 1 of 12; the same command goes on from there\n"
-    assert "SIGTERM: stopping after this step; once more stops at once" in said.err
+    assert "SIGTERM: stopping after this step; once more after 10 s stops at once" in said.err
 
 
 @pytest.mark.parametrize("setting", ["num_workers=2", "packing=true", "micro_batch_samples=3"])

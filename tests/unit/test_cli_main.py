@@ -13,7 +13,7 @@ import pytest
 
 from megatron_bert.cli import VERBS, Verb
 from megatron_bert.cli import main as frame
-from megatron_bert.errors import UserError
+from megatron_bert.errors import LostProcess, SharedError, UserError
 
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
 COMMAND = [sys.executable, "-m", "megatron_bert"]
@@ -123,6 +123,28 @@ def test_errors_are_one_line_and_an_exit_code(verb, capsys, error, line, code):
     told = capsys.readouterr().err
     assert told.startswith(f"megatron-bert probe: {line}")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("bad thing"), "megatron-bert probe: error: rank 3: bad thing\n"),
+        (SharedError("bad thing"), ""),
+        (LostProcess("gone"), ""),
+        (KeyboardInterrupt(), ""),
+    ],
+)
+def test_what_one_rank_finds_that_the_others_do_not_end_for(verb, capsys, monkeypatch, error, said):
+    """torchrun ends it while it is silent, where another one of the node says the same."""
+    ended = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(frame, "_SILENCE_SECONDS", 0)
+    monkeypatch.setattr(frame.os, "_exit", ended.append)
+    verb.run = raising(error)
+    assert frame.main(["probe"]) > 0
+    assert capsys.readouterr().err == said
+    assert ended == ([1] if isinstance(error, LostProcess) else [])
 
 
 @pytest.mark.parametrize("words", [["--debug", "probe"], ["probe", "--debug"], ["probe", "--top-k", "1", "--debug"]])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 
+from megatron_bert.checkpoint import manifest
 from megatron_bert.checkpoint import writer as writer_module
 from megatron_bert.checkpoint.native import list_checkpoints, load_model_weights, newest_good, read_state
 from megatron_bert.checkpoint.tensors import read_all_tensors, read_tensors, tensor_shapes, write_tensors
@@ -170,6 +171,19 @@ def test_damage_is_noticed(tmp_path: Path, how: str, caplog: pytest.LogCaptureFi
         newest_good(tmp_path)
 
 
+def test_files_are_hashed_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkpoint,) = write(tmp_path, 1)
+    plain, both = manifest._hash, threading.Barrier(2)
+
+    def hashed(file: Path) -> str:
+        if file.suffix == ".json":  # two of the four
+            both.wait(5)
+        return plain(file)
+
+    monkeypatch.setattr(manifest, "_hash", hashed)
+    assert newest_good(tmp_path) == checkpoint
+
+
 def test_a_damaged_one_makes_room(tmp_path: Path) -> None:
     """A run that went on from the one before writes that step again, or an earlier one."""
     DAMAGE["bit"](write(tmp_path, 1, 2)[0])
@@ -229,6 +243,16 @@ def test_what_must_come_first_decides(tmp_path: Path) -> None:
         writer.save(snapshot(1), first=full)
         assert isinstance(writer.wait(), OSError)
     assert not list_checkpoints(tmp_path)
+
+
+def test_nothing_is_waited_for_where_another_process_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    came, written = threading.Event(), list[bool]()
+    monkeypatch.setattr(CheckpointWriter, "_write", lambda *_: written.append(came.wait(3)))
+    with pytest.raises(RuntimeError, match="closed by peer"), CheckpointWriter(tmp_path, 5) as writer:
+        writer.save(snapshot(1))
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:7")
+    assert not written
+    came.set()
 
 
 def test_what_was_being_written_goes(tmp_path: Path) -> None:

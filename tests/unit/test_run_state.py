@@ -248,18 +248,23 @@ def test_one_process_a_run(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_stops_at_once(second: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("second", "after_seconds", "ended_by"),
+    [(signal.SIGTERM, 10, signal.SIGTERM), (signal.SIGINT, 0, signal.SIGINT), (signal.SIGTERM, 0, None)],
+)
+def test_the_second_signal_stops_at_once(second: signal.Signals, after_seconds: int, ended_by: int | None) -> None:
+    """But for a SIGTERM that was sent to torchrun, too, which hands it on."""
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == "SIGINT"
     child = os.fork()
     if not child:
-        with StopSignals():
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
+            stop._since -= after_seconds
             os.kill(os.getpid(), second)
             os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == second
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == (ended_by or 0)
 
 
 class Sink:

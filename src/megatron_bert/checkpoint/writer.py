@@ -31,6 +31,7 @@ from megatron_bert.checkpoint.native import (
 )
 from megatron_bert.checkpoint.tensors import write_tensors
 from megatron_bert.data.files import sync, written_aside
+from megatron_bert.parallel.launch import is_lost
 
 __all__ = ["CheckpointWriter", "Snapshot", "remove_unfinished"]
 
@@ -59,7 +60,8 @@ class CheckpointWriter:
     `save` returns as soon as the tensors are copied into the CPU's memory (page-locked where there is a GPU, and used
     again the next time), so no checkpoint ever mixes two steps. One checkpoint is written at a time; the next `save`
     waits for it. A disk that is full is said aloud and does not end the run: earlier checkpoints are as good as before,
-    and the next `save` tries again. Leaving the block waits for what is being written.
+    and the next `save` tries again. Leaving the block waits for what is being written, unless another process is gone:
+    the others' parts are no checkpoint.
 
     Args:
         group: the processes that share the run, all of which save at the same step, each its own parts; a group that
@@ -81,10 +83,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gone = is_lost(error)
         try:
-            self.wait()
+            if not gone:
+                self.wait()
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=not gone)
             self._stager.close()  # type: ignore[no-untyped-call]
 
     def save(self, snapshot: Snapshot, first: Callable[[], None] | None = None) -> None:

@@ -61,11 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         _abandon_stdout_unless_it_works()
-        line, code = _explain(error)
-        if _is_to_say(error):
-            print(f"{name}: {line}", file=sys.stderr, flush=True)
-        else:
+        is_to_say = _is_to_say(error)
+        if not is_to_say:
             time.sleep(_SILENCE_SECONDS)
+            if is_to_say := not isinstance(error, SharedError | LostProcess | KeyboardInterrupt):  # nobody has said it
+                error.add_note(f"rank {os.environ.get('RANK')}")
+        line, code = _explain(error)
+        if is_to_say:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+        if isinstance(error, LostProcess):
+            os._exit(code)  # gloo would wait up to half a minute for the one that is gone, and others for this one
         return code
 
 
@@ -156,8 +161,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
 
 
 def _is_to_say(error: BaseException) -> bool:
-    """Of several processes that `torchrun` started, the first one says what all were told, the first of each node what
-    all of them find, and each one what it alone finds.
+    """Whether to say it at once. Of several processes that `torchrun` started, the first one says what all were told,
+    the first of each node what all of them find, and each one what it alone finds.
     """
     if getattr(error, "__notes__", ()):
         return True

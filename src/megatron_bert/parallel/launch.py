@@ -23,6 +23,7 @@ __all__ = [
     "exchange",
     "from_first",
     "is_launched",
+    "is_lost",
     "joined_processes",
     "largest",
     "local_device",
@@ -45,6 +46,11 @@ _SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")  # of the library, before what it sa
 def is_launched() -> bool:
     """Whether `torchrun`, or what sets the same variables, started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether it is what gloo and NCCL say where another process is gone or silent."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def local_device(device_type: str) -> torch.device:
@@ -91,7 +97,7 @@ def joined_processes(device: torch.device, timeout_seconds: float) -> Iterator[N
     except SharedError:
         raise
     except RuntimeError as error:
-        if not _LOST.search(str(error)):
+        if not is_lost(error):
             error.add_note(f"rank {rank}")
             raise
         reason = _SOURCE_LINE.sub("", str(error).splitlines()[0])

@@ -22,9 +22,9 @@ _EXIT_CODE = 1
 class Watch:
     """Within the block, ends this process when it has not said for `patience_seconds` that it is at something new.
 
-    Each process keeps a line about where it is in the store that all of them met in; the first one that is not behind
-    hands the names of those that are to `say`. A process is ended at once, without cleaning up: what it waits for will
-    never come. `torchrun` then ends, or starts again, all of them.
+    Each process keeps a line about where it is in the store that all of them met in; the first one whose patience ends
+    hands the names of those that are behind to `say`. A process is ended at once, without cleaning up: what it waits
+    for will never come. `torchrun` then ends, or starts again, all of them.
 
     Args:
         say: takes the message, one line.
@@ -34,7 +34,7 @@ class Watch:
         self._patience, self._say = patience_seconds, say
         self._store = dist.distributed_c10d._get_default_store()
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._count, self._beats = 0, 0
+        self._count, self._beats, self._is_slow = 0, 0, False
         self._ended = threading.Event()
         self.at("the start")
         self._beat()
@@ -50,9 +50,13 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
-    def at(self, what: str) -> None:
-        """This process goes on to `what`: a few words, the same on all of them."""
-        self._since = time.monotonic()
+    def at(self, what: str, *, is_slow: bool = False) -> None:
+        """This process goes on to `what`: a few words, the same on all of them.
+
+        Args:
+            is_slow: it may take any time, as long as all processes give signs of life.
+        """
+        self._since, self._is_slow = time.monotonic(), is_slow
         self._count += 1
         self._store.set(f"watch/at/{self._rank}", f"{self._count} {what}")
 
@@ -60,6 +64,9 @@ class Watch:
         while not self._ended.wait(_LOOK_SECONDS):
             self._beat()
             if time.monotonic() - self._since > self._patience:
+                if self._is_slow and not self._silent():
+                    self._since = time.monotonic()
+                    continue
                 try:
                     self._tell()
                 finally:
@@ -74,8 +81,7 @@ class Watch:
         places = [place.split(" ", 1) for place in self._of_all("at")]
         counts = [int(count) for count, _ in places]
         hanging = [rank for rank, count in enumerate(counts) if count < max(counts)] or self._silent()
-        others = [rank for rank in range(self._size) if rank not in hanging]
-        if self._rank != min(others, default=0):
+        if self._store.add("watch/tellers", 1) > 1:
             time.sleep(_LOOK_SECONDS)  # or torchrun would end the one that speaks before it has spoken
         elif hanging:
             where = places[hanging[0]][1]
@@ -86,7 +92,9 @@ class Watch:
     def _silent(self) -> list[int]:
         """The ranks whose thread here does not run any more."""
         before = self._of_all("beat")
-        time.sleep(3 * _LOOK_SECONDS)
+        for _ in range(3):
+            time.sleep(_LOOK_SECONDS)
+            self._beat()  # others may be looking, too
         after = self._of_all("beat")
         return [rank for rank in range(self._size) if before[rank] == after[rank] and rank != self._rank]
 

@@ -126,7 +126,7 @@ def _run(setup: RunSetup, *, overwrite: bool, allow: Sequence[str], progress: bo
     folder = configuration.output
     identity = agreed(lambda: setup.identity)
     session = Session(configuration, steps, ranks, identity, steps_key="training.epochs", results=_RESULTS)
-    checkpoint = None if overwrite else from_first(lambda: session.checkpoint(allow))
+    checkpoint = None if overwrite else session.checkpoint(allow)
     state, objective = setup.begin(checkpoint)
     selection = Selection(setup.configuration.training.patience)
     is_done = state.step >= steps or selection.is_exhausted(state.best)
@@ -230,7 +230,9 @@ def _finish(setup: RunSetup, state: TrainState, objective: SupervisedObjective) 
     inputs, folder, task = setup.inputs, setup.configuration.output, setup.inputs.task
     if state.best.step and state.best.step != state.step:
         best = checkpoint_of(folder, state.best.step)
-        if problem := from_first(lambda: damage(best)):
+        with inputs.ranks.patient_group() as group:
+            problem = from_first(lambda: damage(best), group)
+        if problem:
             log.warning("%s, the best checkpoint, is damaged (%s): the last step's weights are used", best, problem)
             state.best = replace(state.best, step=state.step)
         else:

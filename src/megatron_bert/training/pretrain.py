@@ -82,7 +82,7 @@ def _run(setup: Setup, *, overwrite: bool, allow: Sequence[str], progress: bool)
     configuration, ranks = setup.configuration, setup.ranks
     folder, steps = configuration.output, configuration.training.steps
     session = Session(configuration, steps, ranks, setup.identity)
-    checkpoint = None if overwrite else from_first(lambda: session.checkpoint(allow))
+    checkpoint = None if overwrite else session.checkpoint(allow)
     state, objective = setup.begin(checkpoint)
     stopped_by = None
     if not agreed(lambda: session.is_finished(state, is_done=state.step >= steps)):

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,17 @@ from megatron_bert.parallel.streams import key
 from megatron_bert.parallel.watch import Watch
 from megatron_bert.training.configuration import MeshSection
 
-__all__ = ["ALONE", "Ranks"]
+__all__ = ["ALONE", "At", "Ranks"]
 
 log = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(days=30)  # a disk may be slow
+
+
+class At(Protocol):
+    """Takes what this process goes on to; see `Watch.at`."""
+
+    def __call__(self, what: str, *, is_slow: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -126,25 +135,31 @@ class Ranks:
         return nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
 
     @contextmanager
-    def watched(self, patience_seconds: float) -> Iterator[Callable[[str], None]]:
+    def watched(self, patience_seconds: float) -> Iterator[At]:
         """Within the block, a process that hangs is named and the run ended; takes what this one goes on to."""
         if self.mesh is None:
-            yield lambda what: None
+            yield _nowhere
             return
         with Watch(patience_seconds, log.critical) as watch:
             yield watch.at
 
     @contextmanager
-    def group_for_writing(self, timeout_seconds: float) -> Iterator[dist.ProcessGroup | None]:
-        """A group of all processes for a thread that writes checkpoints: its messages never mix with the training's."""
+    def patient_group(self) -> Iterator[dist.ProcessGroup | None]:
+        """A group of all processes for what is at a disk: they wait for each other as long as it takes. Its messages
+        never mix with the training's, so that a thread may send them. Who is gone is noticed at once.
+        """
         if self.mesh is None:
             yield None
             return
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         try:
             yield group
         finally:
             dist.destroy_process_group(group)
+
+
+def _nowhere(what: str, *, is_slow: bool = False) -> None:
+    pass
 
 
 ALONE = Ranks()

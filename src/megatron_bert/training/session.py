@@ -14,7 +14,7 @@ from megatron_bert.checkpoint.native import checkpoints_folder, list_checkpoints
 from megatron_bert.checkpoint.writer import CheckpointWriter, remove_unfinished
 from megatron_bert.data.files import written_aside
 from megatron_bert.errors import SharedError, UserError
-from megatron_bert.parallel.launch import agreed
+from megatron_bert.parallel.launch import agreed, from_first
 from megatron_bert.training.configuration import ComputeSection, MeshSection
 from megatron_bert.training.loop import Run, train
 from megatron_bert.training.metrics import MetricsSink
@@ -79,11 +79,16 @@ class Session:
         return self.recipe.output
 
     def checkpoint(self, allow: Sequence[str]) -> Path | None:
-        """The checkpoint to go on from, if the folder has a run; what of its recipe was changed is said.
+        """The checkpoint to go on from, if the folder has a run; what of its recipe was changed is said. All processes
+        have to call it; the first one looks, and reads all of what may be a large checkpoint.
 
         Raises:
             UserError: all are damaged, or something was changed that may not.
         """
+        with self.ranks.patient_group() as group:
+            return from_first(lambda: self._checkpoint(allow), group)
+
+    def _checkpoint(self, allow: Sequence[str]) -> Path | None:
         folder = self.folder
         if not list_checkpoints(folder):
             if (folder / "model").exists():
@@ -105,12 +110,15 @@ class Session:
             )
         if not is_done or not self._has_its_model():
             return False
+        why, key = f"all {state.step} steps are done", self.steps_key
+        if state.step < self.steps:
+            why, key = f"nothing got better for too long, after {state.step} of {self.steps} steps", "training.patience"
         log.info(
-            "%s is finished: all %d steps are done; --overwrite starts over, and --set %s=N with --allow %s goes on",
+            "%s is finished: %s; --overwrite starts over, and --set %s=N with --allow %s goes on",
             self.folder,
-            state.step,
-            self.steps_key,
-            self.steps_key,
+            why,
+            key,
+            key,
         )
         return True
 
@@ -152,15 +160,18 @@ class Session:
         with (
             StopSignals() as signals,
             agreed(lambda: self._sink(state, progress=progress)) as sink,
-            ranks.group_for_writing(timeout_seconds) as group,
+            ranks.patient_group() as group,
             CheckpointWriter(folder, self.recipe.runtime.keep_checkpoints, group) as writer,
         ):
             stop = SharedStop(signals, alone=ranks.mesh is None)
             with ranks.watched(timeout_seconds) as at:
 
                 def save() -> None:
-                    at(f"the checkpoint of step {state.step}")
-                    writer.save(snapshot(state, about, ranks.layout), first=sink.sync)
+                    what = f"the checkpoint of step {state.step}"
+                    at(what)
+                    kept = snapshot(state, about, ranks.layout)  # waits for the device
+                    at(what, is_slow=True)  # waits for the disk
+                    writer.save(kept, first=sink.sync)
 
                 run = wire(save, stop, at)
                 try:
@@ -171,7 +182,8 @@ class Session:
                         f"checkpoint in {checkpoints_folder(folder)}, their samples in {folder / 'metrics.jsonl'}. "
                         f"Lower optimizer.learning_rate (with --allow), or look at the samples"
                     ) from error
-            problem = writer.wait()  # not watched: a disk may be slow; who is gone, the others notice in writing
+                at("the last checkpoint", is_slow=True)
+                problem = writer.wait()
             if problem and not run.is_done:
                 raise SharedError(
                     f"stopped after step {state.step}, which could not be saved ({problem.strerror or problem}); make "

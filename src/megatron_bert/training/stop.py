@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -17,17 +18,20 @@ __all__ = ["SharedStop", "StopSignals"]
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Slurm's time limit and systemd send SIGTERM to `torchrun` and to its processes, to which it then sends it, too.
+_ECHO_SECONDS = 10
 
 
 class StopSignals:
     """Within the block, the first SIGTERM or SIGINT is only noted: `received` is its name, until then None.
 
-    The second one does what it does by default: it ends the process. Outside the main thread, which alone may handle
-    signals, nothing is changed.
+    The second one does what it does by default: it ends the process. A second SIGTERM that comes within ten seconds of
+    the first is the same wish. Outside the main thread, which alone may handle signals, nothing is changed.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -45,11 +49,15 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that inherited this: its parent decides when it ends
             return
+        name, is_term = signal.Signals(number).name, number == signal.SIGTERM
+        if is_term and self.received == name and time.monotonic() - self._since < _ECHO_SECONDS:
+            return
         if self.received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self._process, number)
-        self.received = signal.Signals(number).name
-        log.warning("%s: stopping after this step; once more stops at once", self.received)
+        self.received, self._since = name, time.monotonic()
+        later = f" after {_ECHO_SECONDS} s" if is_term else ""
+        log.warning("%s: stopping after this step; once more%s stops at once", name, later)
 
 
 class SharedStop:
