@@ -1,7 +1,7 @@
 """The command `megatron-bert` without its seconds of imports: a process that has done them forks for each call.
 
 For tests of many calls. The `megatron-bert` here hands its arguments, directory, environment and open files to that
-process, and ends with the code of its fork, which a signal to it does not reach.
+process, and ends with the code of its fork, which gets a SIGTERM when this one is gone before.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,7 @@ def answer(connection: socket.socket) -> None:
     if not child:
         connection.close()
         call(files, *json.loads(said))
+    threading.Thread(target=lambda: connection.recv(1) or os.kill(child, signal.SIGTERM), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     connection.sendall(str(code if code >= 0 else 128 - code).encode())
     os._exit(0)
