@@ -32,7 +32,7 @@ SENTENCES = [
     "In 1912 the company [MASK] its first factory in the north of the country, and many people came to work there.",
     "Water boils at one hundred degrees, and [MASK] at zero.",
 ]
-PROCESSES = 4  # of clients
+PROCESSES = 8  # of clients
 
 
 def main() -> int:
@@ -165,8 +165,11 @@ def _serve_theirs(model: str, dtype: str) -> int:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 1024
+
+    server = Server(("127.0.0.1", 0), Handler)
     print(f"theirs on http://127.0.0.1:{server.server_port} ({device})", flush=True)
     server.serve_forever()
     return 0
