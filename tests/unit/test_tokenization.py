@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import transformers
 from tokenizers import Tokenizer
@@ -254,6 +256,21 @@ class TestLoadTokenizer:
         assert load_tokenizer(tmp_path / "vocab.txt")("<mask>")["input_ids"] == [2, 4, 3]
         tokenizer.save_pretrained(tmp_path / "saved")
         assert load_tokenizer(tmp_path / "saved" / "tokenizer.json")("<mask>")["input_ids"] == [2, 4, 3]
+
+    def test_the_hub_is_asked_once_where_it_does_not_answer(self, tmp_path, monkeypatch):
+        asked = []
+
+        def unknown(*address: object, **_: object) -> None:
+            asked.append(address)
+            raise socket.gaierror(-2, "Name or service not known")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        with pytest.raises(UserError, match=r"^tokenizr: no such file or folder here, and no model of that name to be"):
+            load_tokenizer("tokenizr")
+        assert len(asked) == 1
 
     def test_no_such_folder(self, tmp_path):
         with pytest.raises(UserError, match="nowhere: no such file or folder"):

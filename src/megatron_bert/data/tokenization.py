@@ -16,7 +16,8 @@ from string import ascii_uppercase
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import BatchEncoding, BertTokenizer, PreTrainedConfig, TokenizersBackend
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -126,9 +127,6 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> MegatronBertTokenize
     try:
         tokenizer = _load(source, where)
     except Exception as error:  # the readers of these formats raise anything, bare Exception included
-        if source is None:
-            raise UserError(f"{where}: no such file or folder here, and no tokenizer of that name to be had from the "
-                            f"hub: {error}") from error  # fmt: skip
         raise UserError(f"cannot read the tokenizer of {where}: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, _MaskSpelling):
         raise UserError(f"{where} has a {type(tokenizer).__name__}, which is not a BERT tokenizer of this model family")
@@ -138,9 +136,9 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> MegatronBertTokenize
 
 
 def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
-    """The folder or file called ``path_or_name``, or None where there is none but the hub may have a model of the name.
+    """The folder or file called ``path_or_name``, or None where there is none but the hub has a model of the name.
 
-    Raises ``UserError`` where it is neither.
+    Raises ``UserError`` where it is neither, or where the hub cannot be asked and nothing of the model was fetched yet.
     """
     name = os.fspath(path_or_name)
     if os.path.exists(name):
@@ -151,7 +149,25 @@ def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(f"{name}: no such file or folder, and not the name of a hub model") from error
+    _ask_hub(name)
     return None
+
+
+def _ask_hub(name: str) -> None:
+    """One question, so that a typing mistake is told at once: the library asks for each file, six times without an
+    answer, for two minutes in all.
+    """
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, files[0]))
+    except Exception as error:  # of whichever library carries the question
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return  # there is such a model, without this file; or the hub is busy, and asking again helps
+        raise UserError(
+            f"{name}: no such file or folder here, and no model of that name to be had from the hub: {error}"
+        ) from error
 
 
 def is_cased(tokens: Iterable[str]) -> bool:
