@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_bert.bundled import resolved
 from megatron_bert.errors import UserError
 
 
@@ -25,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", type=Path, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=lambda name: Path(resolved(name)),
         metavar="DIR",
-        help="the run's, where it was moved since it was trained; a folder or vocab.txt to go with Megatron-LM's model",
+        help="the run's, where it was moved since it was trained; a folder, mini or vocab.txt to go with Megatron-LM's "
+        "model",
     )
     parser.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where Megatron-LM's checkpoint does not say (default: "

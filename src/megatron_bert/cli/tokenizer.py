@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.bundled import resolved
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert tokenizer`."""
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--skip-bad", action="store_true", help="leave out documents that are not JSON, not UTF-8 ...")
     train.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
     inspect = actions.add_parser("inspect", help="show a tokenizer", description="Show what a tokenizer does.")
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="a tokenizer's or model's folder")
+    inspect.add_argument("folder", type=resolved, metavar="DIR", help="a tokenizer's or model's folder, or mini")
     inspect.add_argument("--text", default="Training a language model, 語言模型!", help="a text to tokenize")
     for action in (train, inspect):
         action.add_argument("--json", action="store_true", help="print one JSON object")
@@ -93,7 +95,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.folder)
     vocabulary = tokenizer.get_vocab()
     return {
-        "folder": str(args.folder),
+        "folder": args.folder,
         "entries": len(tokenizer),
         "continuations": sum(token.startswith("##") for token in vocabulary),
         "special_tokens": {token: vocabulary[token] for token in tokenizer.all_special_tokens},
