@@ -53,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_bert.data.files import refuse_to_overwrite
     from megatron_bert.data.text import expand_inputs
-    from megatron_bert.data.vocabulary import VocabularyOptions, fingerprint, train_vocabulary, write_tokenizer
+    from megatron_bert.data.vocabulary import (
+        VocabularyOptions,
+        check_output,
+        fingerprint,
+        train_vocabulary,
+        write_tokenizer,
+    )
     from megatron_bert.data.workers import available_cores
     from megatron_bert.errors import UserError
 
@@ -70,7 +75,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         min_frequency=args.min_frequency,
         alphabet_limit=args.alphabet_limit,
     )
-    refuse_to_overwrite([args.output], overwrite=args.overwrite)
+    check_output(args.output, overwrite=args.overwrite)
     tokenizer = train_vocabulary(
         expand_inputs(args.input),
         options,
