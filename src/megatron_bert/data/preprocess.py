@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from megatron_bert.data.encoding import SentenceEncoder
-from megatron_bert.data.files import refuse_to_overwrite
+from megatron_bert.data.files import refuse_to_overwrite, refuse_to_replace
 from megatron_bert.data.indexed import IndexedWriter, Provenance, files_of, token_type
 from megatron_bert.data.progress import InputProgress
 from megatron_bert.data.reading import Block, read_blocks
@@ -168,10 +168,11 @@ def preprocess(
         skip_bad: bad documents are dropped and counted, see `parse_block`.
 
     Raises:
-        UserError: the output exists or is being written, an input is bad (see `read_blocks`, `parse_block`), or
-            nothing is left to write.
+        UserError: the output exists, is an input or is being written, an input is bad (see `read_blocks`,
+            `parse_block`), or nothing is left to write.
         OSError: what the file system says. In every case nothing that looks finished is left behind.
     """
+    refuse_to_replace(files, files_of(prefix))
     refuse_to_overwrite(list(files_of(prefix)), overwrite=overwrite)
     size = tokenizer.get_vocab_size()
     spans = shard.spans(files)
