@@ -4,15 +4,14 @@ import json
 import logging
 import os
 import socket
-import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from megatron_bert.data import tokenization
 from megatron_bert.data.tokenization import (
     AutoTokenizer,
     MegatronBertTokenizer,
@@ -260,14 +259,16 @@ class TestLoadTokenizer:
     def test_the_hub_is_asked_once_where_it_does_not_answer(self, tmp_path, monkeypatch):
         asked = []
 
-        def unknown(*address: object, **_: object) -> None:
+        def unanswered(address: str, **_: object) -> None:
             asked.append(address)
-            raise socket.gaierror(-2, "Name or service not known")
+            raise ConnectionError("Name or service not known")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("the library was asked")
 
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(socket, "getaddrinfo", unknown)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(tokenization, "get_hf_file_metadata", unanswered)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
         with pytest.raises(UserError, match=r"^tokenizr: no such file or folder here, and no model of that name to be"):
             load_tokenizer("tokenizr")
         assert len(asked) == 1
