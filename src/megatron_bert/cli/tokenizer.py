@@ -98,14 +98,16 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_bert.data.vocabulary import fingerprint
 
     tokenizer = load_tokenizer(args.folder)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalized = normalizer.normalize_str if normalizer else str
     vocabulary = tokenizer.get_vocab()
     return {
         "folder": args.folder,
         "entries": len(tokenizer),
         "continuations": sum(token.startswith("##") for token in vocabulary),
         "special_tokens": {token: vocabulary[token] for token in tokenizer.all_special_tokens},
-        "lower_case": tokenizer.backend_tokenizer.normalizer.normalize_str("A") == "a",
-        "splits_chinese": len(tokenizer.backend_tokenizer.normalizer.normalize_str("中文").split()) == 2,
+        "lower_case": normalized("A") == "a",
+        "splits_chinese": len(normalized("中文").split()) == 2,
         "fingerprint": fingerprint(tokenizer.backend_tokenizer),
         "text": args.text,
         "pieces": tokenizer.tokenize(args.text),

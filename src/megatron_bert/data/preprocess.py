@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -184,7 +185,7 @@ def preprocess(
         InputProgress(spans, show=progress) as shown,
         closing(ordered_map(encoder, blocks, num_workers)) as encoded_blocks,
     ):
-        joiner = _Joiner(writer, report, tokenizer.token_to_id("[UNK]"))
+        joiner = _Joiner(writer, report, _unknown_id(tokenizer))
         for encoded in encoded_blocks:
             joiner.add(encoded)
             shown.update(
@@ -207,6 +208,15 @@ def preprocess(
             )
         )
     return report
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """What stands for a word that the vocabulary does not have; None where there is no such token."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if "unk_id" in model:  # Unigram
+        return cast("int | None", model["unk_id"])
+    token = model.get("unk_token")
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 class _Joiner:

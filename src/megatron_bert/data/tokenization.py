@@ -19,7 +19,7 @@ import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import BatchEncoding, BertTokenizer, PreTrainedConfig, TokenizersBackend
+from transformers import BatchEncoding, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from megatron_bert.errors import UserError
@@ -133,6 +133,13 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> MegatronBertTokenize
     if not has_json:
         _check_special_tokens(tokenizer, where)
     return tokenizer  # type: ignore[return-value]
+
+
+def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of embeddings that a vocabulary needs: more than it has entries where its numbers have gaps, as those of a
+    vocab.txt with a line twice do.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
@@ -253,7 +260,17 @@ def _load(source: Path | None, name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     if source.is_dir() and (source / "config.json").is_file():
         return AutoTokenizer.from_pretrained(source)
-    return MegatronBertTokenizer.from_pretrained(str(source), local_files_only=True)
+    kind = MegatronBertTokenizersBackend if _is_of_another_kind(source) else MegatronBertTokenizer
+    return kind.from_pretrained(str(source), local_files_only=True)
+
+
+def _is_of_another_kind(source: Path) -> bool:
+    """Whether a ``tokenizer.json`` is of another model than WordPiece, which would make other tokens of a text."""
+    file = source / "tokenizer.json" if source.is_dir() else source
+    if file.name != "tokenizer.json" or not file.is_file():
+        return False
+    model = json.loads(file.read_text(encoding="utf-8")).get("model") or {}
+    return str(model.get("type", "WordPiece")) != "WordPiece"
 
 
 def _check_special_tokens(tokenizer: Any, where: str) -> None:

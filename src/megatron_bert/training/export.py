@@ -25,7 +25,7 @@ from megatron_bert.checkpoint.native import (
     step_of,
 )
 from megatron_bert.data.files import written_aside
-from megatron_bert.data.tokenization import load_tokenizer
+from megatron_bert.data.tokenization import load_tokenizer, num_rows
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig
@@ -199,8 +199,8 @@ def convert_megatron(
     found = read_megatron(source, heads=heads)
     if found is None:
         raise UserError(f"{source} has no checkpoint, neither a pretraining run's nor Megatron-LM's")
-    if loaded is not None and len(loaded) > found.config.vocab_size:
-        raise UserError(f"{tokenizer} has {len(loaded):,} tokens, and the model {found.config.vocab_size:,}")
+    if loaded is not None and num_rows(loaded) > found.config.vocab_size:
+        raise UserError(f"{tokenizer} has {num_rows(loaded):,} tokens, and the model {found.config.vocab_size:,}")
     with torch.device("meta"):
         network = found.model_class(found.config)
     materialize(network, torch.device("cpu"))
