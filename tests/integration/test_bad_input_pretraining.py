@@ -123,6 +123,7 @@ def test_preprocess_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFi
 def test_preprocess_onto_a_token_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--input", folder / "corpus.jsonl", "--tokenizer", folder / "tokenizer", "--output", folder / "text"]
     fails(capsys, words, "text.bin is already there; choose another output or add --overwrite", "preprocess")
+    fails(capsys, [*words[:-1], "."], ". is no PREFIX of a token file", "preprocess")
 
 
 def replace(link: Path, raw: bytes) -> None:

@@ -11,6 +11,7 @@ import transformers
 import megatron_bert
 from megatron_bert.cli.main import main
 from megatron_bert.inference.fill_mask import MaskFiller, load_mask_filler
+from megatron_bert.training.configuration import DataSection
 from tests.architecture.test_tools import ROOT
 
 FOLDER = Path(megatron_bert.MINI)
@@ -33,6 +34,16 @@ def test_it_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
         answers.append([json.loads(line)["predictions"][0][0]["token_str"] for line in lines])
     assert answers[0] == answers[1]
     assert answers[0] == ["Paris", "馆"]
+
+
+def test_its_tokenizer_goes_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenizer", "inspect", "mini", "--json"]) == 0
+    inspected = json.loads(capsys.readouterr().out)
+    (tmp_path / "text.txt").write_text("One sentence. Another one.\n")
+    arguments = ["--input", str(tmp_path / "text.txt"), "--output", str(tmp_path / "tokens"), "--workers", "0"]
+    assert main(["preprocess", "--tokenizer", "mini", *arguments]) == 0
+    assert json.loads((tmp_path / "tokens.json").read_text())["fingerprint"] == inspected["fingerprint"]
+    assert DataSection(tokens=tmp_path / "tokens", tokenizer="mini").tokenizer == FOLDER
 
 
 def test_a_folder_of_its_name_comes_first(

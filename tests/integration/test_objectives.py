@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron_bert.cli.main import main
+from megatron_bert.data.indexed import IndexedReader
 from tests.integration.tiny_corpus import documents, prepare, write_jsonl
 
 
@@ -49,3 +51,36 @@ def test_a_blend(prepared: Path) -> None:
     assert losses(prepared, "blend", blend) != losses(prepared, "alone")
     again = losses(prepared, "blend-packed", blend, "runtime.packing=true", "runtime.num_workers=2")
     assert again == pytest.approx(losses(prepared, "blend-again", blend), rel=1e-4)
+
+
+def test_a_byte_pair_vocabulary_is_taken_as_it_stands(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a model beside it, too; its unknown tokens are counted, and that it marks no words is said."""
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=list(names.values()), show_progress=False)
+    tokenizer.train_from_iterator(documents(40), trainer)
+    folder = prepared / "bpe"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    text = write_jsonl(prepared / "unknown.jsonl", [*documents(40), "the ☃ sees."])
+    words = ["--input", str(text), "--tokenizer", str(folder), "--output", str(prepared / "pairs"), "--json"]
+    assert main(["preprocess", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["unknown_tokens"] == 1
+    wanted = tokenizer.encode("the ☃ sees.").ids
+    assert IndexedReader(prepared / "pairs").tokens[-len(wanted) :].tolist() == wanted
+    assert main(["tokenizer", "inspect", str(folder)]) == 0
+    losses(prepared, "bpe-run", f"data.tokens={prepared / 'pairs'}", f"data.tokenizer={folder}", "training.steps=3")
+    assert "bpe does not mark what continues a word by ##" in capsys.readouterr().err
+
+
+def test_a_vocabulary_with_lines_twice_has_rows_for_all_numbers(prepared: Path) -> None:
+    lines = (prepared / "tokenizer" / "vocab.txt").read_text().splitlines()
+    folder = prepared / "twice"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join([*lines, *lines[5:]]))
+    words = ["--input", str(prepared / "other.jsonl"), "--tokenizer", str(folder), "--output", str(prepared / "late")]
+    assert main(["preprocess", *words]) == 0
+    data = [f"data.tokens={prepared / 'late'}", f"data.tokenizer={folder}"]
+    losses(prepared, "late-run", *data, "model.vocabulary_multiple=1", "training.steps=3")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
+from megatron_bert.cli.main import main
 from megatron_bert.data import preprocess as module
 from megatron_bert.data import reading
 from megatron_bert.data.indexed import IndexedReader
@@ -114,6 +115,14 @@ def test_nothing_is_overwritten_by_accident(tmp_path: Path, tokenizer_folder: Pa
         run(tmp_path, tokenizer_folder, DOCUMENTS[:1])
     assert run(tmp_path, tokenizer_folder, DOCUMENTS[:1], overwrite=True).documents == 1
     assert len(IndexedReader(tmp_path / "out").documents) == 2
+
+
+def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text('{"text": "One. Two."}')
+    (tmp_path / "link").symlink_to(tmp_path)
+    words = ["--input", str(tmp_path / "text.json"), "--tokenizer", "mini", "--workers", "0", "--overwrite"]
+    assert main(["preprocess", *words, "--output", str(tmp_path / "link" / "text")]) == 2
+    assert (tmp_path / "text.json").read_text() == '{"text": "One. Two."}'
 
 
 def test_bad_input_in_the_middle_leaves_nothing(

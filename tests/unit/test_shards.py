@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +90,13 @@ def test_shards_are_written_as_a_fraction(text: str) -> None:
     with pytest.raises(UserError, match="is not a part such as 1/8"):
         Shard.of(text)
     assert Shard.of("2/8") == Shard(2, 8)
+
+
+def test_a_pipe_is_not_divided(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--shard 1/2: .*pipe is no file on a disk"):
+        Shard(1, 2).spans([tmp_path / "pipe"])
+    assert WHOLE.spans([tmp_path / "pipe"]) == [reading.Span(tmp_path / "pipe")]
 
 
 def test_token_files_of_one_vocabulary_can_be_joined(tmp_path: Path, folder: Path, tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from megatron_bert.data import tokenization
 from megatron_bert.data.tokenization import (
     AutoTokenizer,
     MegatronBertTokenizer,
@@ -260,6 +261,23 @@ class TestLoadTokenizer:
         assert load_tokenizer(tmp_path / "vocab.txt")("<mask>")["input_ids"] == [2, 4, 3]
         tokenizer.save_pretrained(tmp_path / "saved")
         assert load_tokenizer(tmp_path / "saved" / "tokenizer.json")("<mask>")["input_ids"] == [2, 4, 3]
+
+    def test_the_hub_is_asked_once_where_it_does_not_answer(self, tmp_path, monkeypatch):
+        asked = []
+
+        def unanswered(address: str, **_: object) -> None:
+            asked.append(address)
+            raise ConnectionError("Name or service not known")
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("the library was asked")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(tokenization, "get_hf_file_metadata", unanswered)
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+        with pytest.raises(UserError, match=r"^tokenizr: no such file or folder here, and no model of that name to be"):
+            load_tokenizer("tokenizr")
+        assert len(asked) == 1
 
     def test_no_such_folder(self, tmp_path):
         with pytest.raises(UserError, match="nowhere: no such file or folder"):

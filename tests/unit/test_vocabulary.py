@@ -118,6 +118,9 @@ def test_nothing_is_overwritten_by_accident(tmp_path: Path, corpus: Path) -> Non
     with pytest.raises(UserError, match="not a tokenizer's folder"):
         write_tokenizer(trained, options, tmp_path / "photos", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "text.txt", "tok"]
+    (tmp_path / "tok" / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"tok holds more than a tokenizer \(model.safetensors\)"):
+        write_tokenizer(trained, options, tmp_path / "tok", overwrite=True)
 
 
 @pytest.mark.parametrize("cased", [False, True])

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bert.data.files import sync, written_aside
+from megatron_bert.data.tokenization import num_rows
 from megatron_bert.errors import UserError
 from megatron_bert.model import (
     MegatronBertConfig,
@@ -87,8 +88,9 @@ def write_for_megatron(
             torch.save(state, file)
             sync(file)
         if tokenizer is not None:
-            entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-            (aside / _VOCABULARY).write_text("".join(f"{token}\n" for token, _ in entries), encoding="utf-8")
+            tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+            lines = (tokens.get(number, f"[none{number}]") for number in range(num_rows(tokenizer)))
+            (aside / _VOCABULARY).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (aside / _TRACKER).write_text(f"{_STEP}\n", encoding="utf-8")
 
 

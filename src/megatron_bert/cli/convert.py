@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=lambda name: Path(resolved(name)),
         metavar="DIR",
-        help="the run's, where it was moved since it was trained; a folder or vocab.txt to go with another model "
-        "(default: its own)",
+        help="the run's, where it was moved since it was trained; a folder, mini or vocab.txt to go with another "
+        "model (default: its own)",
     )
     parser.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where Megatron-LM's checkpoint does not say (default: "

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.bundled import resolved
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert preprocess`."""
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", nargs="+", action="extend", metavar="F", help="files or quoted globs, ** for folders of any depth"
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="a tokenizer's folder")
+    parser.add_argument("--tokenizer", type=resolved, metavar="DIR", help="a tokenizer's folder, or mini")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="the token file, no suffix")
     parser.add_argument("--language", default="en", metavar="CODE", help="whose sentence rules (default: %(default)s)")
     parser.add_argument(
@@ -81,7 +83,7 @@ def _preprocess(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     report = preprocess(
         files,
         tokenizer.backend_tokenizer,
-        str(args.tokenizer),
+        args.tokenizer,
         args.output,
         splitter=splitter,
         json_key=args.json_key,

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_bert.bundled import resolved
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert tokenizer`."""
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--skip-bad", action="store_true", help="leave out documents that are not JSON, not UTF-8 ...")
     train.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
     inspect = actions.add_parser("inspect", help="show a tokenizer", description="Show what a tokenizer does.")
-    inspect.add_argument("folder", type=Path, metavar="DIR", help="a tokenizer's or model's folder")
+    inspect.add_argument("folder", type=resolved, metavar="DIR", help="a tokenizer's or model's folder, or mini")
     inspect.add_argument("--text", default="Training a language model, 語言模型!", help="a text to tokenize")
     for action in (train, inspect):
         action.add_argument("--json", action="store_true", help="print one JSON object")
@@ -51,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_bert.data.files import refuse_to_overwrite
     from megatron_bert.data.text import expand_inputs
-    from megatron_bert.data.vocabulary import VocabularyOptions, fingerprint, train_vocabulary, write_tokenizer
+    from megatron_bert.data.vocabulary import (
+        VocabularyOptions,
+        check_output,
+        fingerprint,
+        train_vocabulary,
+        write_tokenizer,
+    )
     from megatron_bert.data.workers import available_cores
     from megatron_bert.errors import UserError
 
@@ -68,7 +75,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         min_frequency=args.min_frequency,
         alphabet_limit=args.alphabet_limit,
     )
-    refuse_to_overwrite([args.output], overwrite=args.overwrite)
+    check_output(args.output, overwrite=args.overwrite)
     tokenizer = train_vocabulary(
         expand_inputs(args.input),
         options,
@@ -91,14 +98,16 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_bert.data.vocabulary import fingerprint
 
     tokenizer = load_tokenizer(args.folder)
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalized = normalizer.normalize_str if normalizer else str
     vocabulary = tokenizer.get_vocab()
     return {
-        "folder": str(args.folder),
+        "folder": args.folder,
         "entries": len(tokenizer),
         "continuations": sum(token.startswith("##") for token in vocabulary),
         "special_tokens": {token: vocabulary[token] for token in tokenizer.all_special_tokens},
-        "lower_case": tokenizer.backend_tokenizer.normalizer.normalize_str("A") == "a",
-        "splits_chinese": len(tokenizer.backend_tokenizer.normalizer.normalize_str("中文").split()) == 2,
+        "lower_case": normalized("A") == "a",
+        "splits_chinese": len(normalized("中文").split()) == 2,
         "fingerprint": fingerprint(tokenizer.backend_tokenizer),
         "text": args.text,
         "pieces": tokenizer.tokenize(args.text),

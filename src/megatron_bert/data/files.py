@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_bert.errors import UserError
 
-__all__ = ["refuse_to_overwrite", "sync", "written_aside"]
+__all__ = ["refuse_to_overwrite", "refuse_to_replace", "sync", "written_aside"]
 
 
 @contextmanager
@@ -53,6 +53,14 @@ def refuse_to_overwrite(paths: list[Path], *, overwrite: bool) -> None:
     for path in paths:
         if path.exists() and not overwrite:
             raise UserError(f"{path} is already there; choose another output or add --overwrite")
+
+
+def refuse_to_replace(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Raises `UserError` for the first of `outputs` that is one of `inputs`: what is read would be lost."""
+    read = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path.resolve() in read:
+            raise UserError(f"{path} is an input, and would be overwritten; choose another output")
 
 
 def sync(file: Path) -> None:

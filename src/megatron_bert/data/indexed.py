@@ -67,8 +67,14 @@ class Provenance(BaseModel):
 
 
 def files_of(prefix: Path) -> tuple[Path, Path, Path]:
-    """The three files of a token file: PREFIX.bin, PREFIX.json and PREFIX.idx, whose presence says that it is whole."""
+    """The three files of a token file: PREFIX.bin, PREFIX.json and PREFIX.idx, whose presence says that it is whole.
+
+    Raises:
+        UserError: the prefix has no name, as `.` and `/` have none.
+    """
     name = prefix.name
+    if not name:
+        raise UserError(f"{prefix} is no PREFIX of a token file: its files would have no name")
     return prefix.with_name(name + ".bin"), prefix.with_name(name + ".json"), prefix.with_name(name + ".idx")
 
 

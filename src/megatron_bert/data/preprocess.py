@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from megatron_bert.data.encoding import SentenceEncoder
-from megatron_bert.data.files import refuse_to_overwrite
+from megatron_bert.data.files import refuse_to_overwrite, refuse_to_replace
 from megatron_bert.data.indexed import IndexedWriter, Provenance, files_of, token_type
 from megatron_bert.data.progress import InputProgress
 from megatron_bert.data.reading import Block, read_blocks
@@ -168,10 +169,11 @@ def preprocess(
         skip_bad: bad documents are dropped and counted, see `parse_block`.
 
     Raises:
-        UserError: the output exists or is being written, an input is bad (see `read_blocks`, `parse_block`), or
-            nothing is left to write.
+        UserError: the output exists, is an input or is being written, an input is bad (see `read_blocks`,
+            `parse_block`), or nothing is left to write.
         OSError: what the file system says. In every case nothing that looks finished is left behind.
     """
+    refuse_to_replace(files, files_of(prefix))
     refuse_to_overwrite(list(files_of(prefix)), overwrite=overwrite)
     size = tokenizer.get_vocab_size()
     spans = shard.spans(files)
@@ -183,7 +185,7 @@ def preprocess(
         InputProgress(spans, show=progress) as shown,
         closing(ordered_map(encoder, blocks, num_workers)) as encoded_blocks,
     ):
-        joiner = _Joiner(writer, report, tokenizer.token_to_id("[UNK]"))
+        joiner = _Joiner(writer, report, _unknown_id(tokenizer))
         for encoded in encoded_blocks:
             joiner.add(encoded)
             shown.update(
@@ -206,6 +208,15 @@ def preprocess(
             )
         )
     return report
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """What stands for a word that the vocabulary does not have; None where there is no such token."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if "unk_id" in model:  # Unigram
+        return cast("int | None", model["unk_id"])
+    token = model.get("unk_token")
+    return None if token is None else tokenizer.token_to_id(token)
 
 
 class _Joiner:

@@ -53,12 +53,16 @@ class Shard:
         """What of `files` this shard reads.
 
         Raises:
+            UserError: a part is wanted, and a file is a pipe, which has no size.
             OSError: a file cannot be opened.
         """
         sizes = [file.stat().st_size for file in files]
         starts = [0, *accumulate(sizes)]
         if self == WHOLE:
             return [Span(file) for file in files]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"--shard {self}: {file} is no file on a disk, so it cannot be divided")
         begin, end = (starts[-1] * number // self.count for number in (self.number - 1, self.number))
         spans = []
         for file, start, size in zip(files, starts, sizes, strict=False):

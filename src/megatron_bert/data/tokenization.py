@@ -16,9 +16,10 @@ from string import ascii_uppercase
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from transformers import BatchEncoding, BertTokenizer, PreTrainedConfig, TokenizersBackend
+from transformers import BatchEncoding, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from megatron_bert.errors import UserError
@@ -133,9 +134,6 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> MegatronBertTokenize
     try:
         tokenizer = _load(source, where)
     except Exception as error:  # the readers of these formats raise anything, bare Exception included
-        if source is None:
-            raise UserError(f"{where}: no such file or folder here, and no tokenizer of that name to be had from the "
-                            f"hub: {error}") from error  # fmt: skip
         raise UserError(f"cannot read the tokenizer of {where}: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, _MaskSpelling):
         raise UserError(f"{where} has a {type(tokenizer).__name__}, which is not a BERT tokenizer of this model family")
@@ -144,10 +142,17 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> MegatronBertTokenize
     return tokenizer  # type: ignore[return-value]
 
 
-def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
-    """The folder or file called ``path_or_name``, or None where there is none but the hub may have a model of the name.
+def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of embeddings that a vocabulary needs: more than it has entries where its numbers have gaps, as those of a
+    vocab.txt with a line twice do.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
 
-    Raises ``UserError`` where it is neither.
+
+def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
+    """The folder or file called ``path_or_name``, or None where there is none but the hub has a model of the name.
+
+    Raises ``UserError`` where it is neither, or where the hub cannot be asked and nothing of the model was fetched yet.
     """
     name = os.fspath(path_or_name)
     if os.path.exists(name):
@@ -158,7 +163,25 @@ def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(f"{name}: no such file or folder, and not the name of a hub model") from error
+    _ask_hub(name)
     return None
+
+
+def _ask_hub(name: str) -> None:
+    """One question, so that a typing mistake is told at once: the library asks for each file, six times without an
+    answer, for two minutes in all.
+    """
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, files[0]))
+    except Exception as error:  # of whichever library carries the question
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return  # there is such a model, without this file; or the hub is busy, and asking again helps
+        raise UserError(
+            f"{name}: no such file or folder here, and no model of that name to be had from the hub: {error}"
+        ) from error
 
 
 def is_cased(tokens: Iterable[str]) -> bool:
@@ -244,7 +267,17 @@ def _load(source: Path | None, name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     if source.is_dir() and (source / "config.json").is_file():
         return AutoTokenizer.from_pretrained(source)
-    return MegatronBertTokenizer.from_pretrained(str(source), local_files_only=True)
+    kind = MegatronBertTokenizersBackend if _is_of_another_kind(source) else MegatronBertTokenizer
+    return kind.from_pretrained(str(source), local_files_only=True)
+
+
+def _is_of_another_kind(source: Path) -> bool:
+    """Whether a ``tokenizer.json`` is of another model than WordPiece, which would make other tokens of a text."""
+    file = source / "tokenizer.json" if source.is_dir() else source
+    if file.name != "tokenizer.json" or not file.is_file():
+        return False
+    model = json.loads(file.read_text(encoding="utf-8")).get("model") or {}
+    return str(model.get("type", "WordPiece")) != "WordPiece"
 
 
 def _check_special_tokens(tokenizer: Any, where: str) -> None:

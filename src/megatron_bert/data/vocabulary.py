@@ -23,9 +23,13 @@ from megatron_bert.data.text import parse_block
 from megatron_bert.data.workers import ordered_map
 from megatron_bert.errors import UserError
 
-__all__ = ["SPECIAL_TOKENS", "VocabularyOptions", "WordCounter", "fingerprint", "train_vocabulary", "write_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "VocabularyOptions", "WordCounter", "check_output", "fingerprint", "train_vocabulary",
+           "write_tokenizer"]  # fmt: skip
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
+_TOKENIZER_FILES = {
+    "vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+}  # fmt: skip
 _CONTINUATION = "##"
 _REPEATS = 1000
 _FED_WORDS = 1 << 27  # given to the library's trainer; of more text, all counts are divided
@@ -143,16 +147,24 @@ class _WordsOfPieces(dict[str, tuple[str, ...]]):
         return words
 
 
-def write_tokenizer(tokenizer: Tokenizer, options: VocabularyOptions, folder: Path, *, overwrite: bool = False) -> None:
-    """Writes vocab.txt, tokenizer.json and tokenizer_config.json to a new `folder`, whole or not at all.
-
-    Raises:
-        UserError: `folder` is there already and `overwrite` is not given, or it is not a tokenizer's.
-    """
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raises `UserError` where `folder` is there already, unless `overwrite` and it holds a tokenizer alone."""
     if folder.exists() and not overwrite:
         raise UserError(f"{folder} is already there; choose another --output or add --overwrite")
     if folder.exists() and not (folder / "vocab.txt").is_file():
         raise UserError(f"{folder} is not a tokenizer's folder, so it is not overwritten; choose another --output")
+    if folder.exists() and (others := sorted({file.name for file in folder.iterdir()} - _TOKENIZER_FILES)):
+        raise UserError(f"{folder} holds more than a tokenizer ({others[0]}), so it is not overwritten; choose another "
+                        f"--output")  # fmt: skip
+
+
+def write_tokenizer(tokenizer: Tokenizer, options: VocabularyOptions, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json to a new `folder`, whole or not at all.
+
+    Raises:
+        UserError: see `check_output`.
+    """
+    check_output(folder, overwrite=overwrite)
     vocabulary = tokenizer.get_vocab()
     with written_aside(folder, folder=True) as aside:
         lines = sorted(vocabulary, key=vocabulary.__getitem__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model, load_model
 from megatron_bert.checkpoint.shards import load_tensor_parallel
-from megatron_bert.data.tokenization import MASK_SPELLING, MegatronBertTokenizer, load_tokenizer
+from megatron_bert.data.tokenization import MASK_SPELLING, MegatronBertTokenizer, load_tokenizer, num_rows
 from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device, choose_dtype
 from megatron_bert.inference.fusion import fuse_projections
@@ -52,7 +52,7 @@ class MaskedTextEncoder:
         if tokenizer.mask_token_id is None:
             raise UserError("the tokenizer has no mask token")
         self.tokenizer, self.max_tokens, self.truncate = tokenizer, max_tokens, truncate
-        self.num_tokens = max(tokenizer.get_vocab().values()) + 1  # rows of embeddings that its numbers need
+        self.num_tokens = num_rows(tokenizer)
         self.mask_id, self.pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id  # slow to ask for each time
 
     def encode(self, texts: Sequence[Text]) -> list[MaskedText]:

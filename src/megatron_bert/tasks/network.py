@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_bert.checkpoint.folder import check_folder
 from megatron_bert.checkpoint.load import check_model
 from megatron_bert.checkpoint.shards import load_shards
+from megatron_bert.data.tokenization import num_rows
 from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
 from megatron_bert.tasks.configuration import FinetuneConfiguration
 from megatron_bert.tasks.task import Task
@@ -39,7 +40,7 @@ def task_network_config(
             `data.max_length`.
     """
     lengths = {"data.max_length": configuration.data.max_length}
-    config = config_to_start_from(configuration.model, len(tokenizer), "", lengths)
+    config = config_to_start_from(configuration.model, num_rows(tokenizer), "", lengths)
     config.is_decoder = config.add_cross_attention = False
     config.problem_type = task.problem()
     if task.head == "span":

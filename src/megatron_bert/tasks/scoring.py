@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model, load_model
-from megatron_bert.data.tokenization import MegatronBertTokenizer, load_tokenizer
+from megatron_bert.data.tokenization import MegatronBertTokenizer, load_tokenizer, num_rows
 from megatron_bert.errors import UserError
 from megatron_bert.inference.device import choose_device, choose_dtype, scores_are_no_numbers
 from megatron_bert.model import MegatronBertForCausalLM, MegatronBertForMaskedLM
@@ -147,7 +147,7 @@ def load_scorer(
     on = choose_device(device)
     config = check_model(path_or_name)
     tokenizer = load_tokenizer(path_or_name)
-    check_vocabulary(config, max(tokenizer.get_vocab().values()) + 1, os.fspath(path_or_name))
+    check_vocabulary(config, num_rows(tokenizer), os.fspath(path_or_name))
     number_type = choose_dtype(dtype, on)
     model: MegatronBertForCausalLM | MegatronBertForMaskedLM
     if config.is_decoder or "MegatronBertForCausalLM" in (config.architectures or []):

@@ -158,7 +158,7 @@ class DataSection(Section):
         Annotated[Path, Tag("prefix")] | Annotated[list[WeightedCorpus], Field(min_length=1), Tag("blend")],
         Discriminator(_shape_of_tokens),
     ]
-    tokenizer: Path  # folder of the tokenizer that made it
+    tokenizer: ModelFolder  # folder of the tokenizer that made it, or mini
     validation: Path | None = None  # PREFIX of a token file to validate on; otherwise a share is held out
     validation_share: float = Field(0.01, ge=0, lt=1)  # of each corpus' tokens, in whole documents
     row_tokens: int = Field(512, ge=8)  # longest row, special tokens included

@@ -24,7 +24,7 @@ from megatron_bert.checkpoint.native import (
     read_state,
     step_of,
 )
-from megatron_bert.data.tokenization import load_tokenizer
+from megatron_bert.data.tokenization import load_tokenizer, num_rows
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.model import MegatronBertConfig, MegatronBertPreTrainedModel
@@ -92,9 +92,10 @@ def convert(
             raise UserError(f"{tokenizer}: no such file or folder")
         given = load_tokenizer(tokenizer) if tokenizer else None
         found = _of_model(source, given) if is_model else _of_megatron(source, given, heads)
-        if found.tokenizer is not None and len(found.tokenizer) > found.model.config.vocab_size:
-            raise UserError(f"{tokenizer or f'the vocabulary of {source}'} has {len(found.tokenizer):,} tokens, and "
-                            f"the model {found.model.config.vocab_size:,}")  # fmt: skip
+        rows = num_rows(found.tokenizer) if found.tokenizer is not None else 0
+        if rows > found.model.config.vocab_size:
+            raise UserError(f"{tokenizer or f'the vocabulary of {source}'} has {rows:,} tokens, and the model "
+                            f"{found.model.config.vocab_size:,}")  # fmt: skip
     if dtype is not None:
         found.model.to(dtype)  # type: ignore[arg-type]
     if to == "megatron":

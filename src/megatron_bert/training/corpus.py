@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from tokenizers.models import WordLevel, WordPiece
 from transformers import PreTrainedTokenizerBase
 
 from megatron_bert.data.batches import (
@@ -27,11 +29,14 @@ from megatron_bert.data.pairs import PairIndex
 from megatron_bert.data.samples import Builder, IntArray, MaskedBuilder, Pair, SampleRules, TokenFile
 from megatron_bert.data.segmentation import ChineseWords
 from megatron_bert.data.split import split_documents
+from megatron_bert.data.tokenization import num_rows
 from megatron_bert.data.vocabulary import fingerprint
 from megatron_bert.errors import UserError
 from megatron_bert.training.configuration import PretrainConfiguration
 
 __all__ = ["Corpus", "Part", "open_corpus"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ class _Maker:
                 tokens[3],
                 share=objective.mask_share,
                 max_words=objective.max_masked_words,
-                whole_words=objective.whole_words,
+                whole_words=objective.whole_words and _tells_words_apart(tokenizer),
                 segmenter=ChineseWords(vocabulary) if objective.chinese_segmenter == "jieba" else None,
                 mask_replace_prob=objective.mask_replace_prob,
                 random_replace_prob=objective.random_replace_prob,
@@ -216,12 +221,24 @@ def _open(prefix: Path, tokenizer: PreTrainedTokenizerBase) -> IndexedReader:
             f"{prefix} was made with another vocabulary ({made_with.tokenizer}, {made_with.vocabulary_size:,} entries) "
             f"than data.tokenizer {tokenizer.name_or_path} ({len(tokenizer):,} entries)"
         )
-    if not made_with and int(reader.tokens.max()) >= len(tokenizer):
+    if not made_with and int(reader.tokens.max()) >= num_rows(tokenizer):
         raise UserError(
             f"{prefix} has the token id {int(reader.tokens.max())}, which data.tokenizer {tokenizer.name_or_path} "
             f"({len(tokenizer):,} entries) does not have"
         )
     return reader
+
+
+def _tells_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens that continue a word begin with ##; says so where they do not."""
+    model = tokenizer.backend_tokenizer.model
+    told = isinstance(model, WordPiece | WordLevel) or getattr(model, "continuing_subword_prefix", None) == "##"
+    if not told:
+        logger.warning(
+            "data.tokenizer %s does not mark what continues a word by ##: objective.whole_words takes each token for a "
+            "word", tokenizer.name_or_path
+        )  # fmt: skip
+    return told
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_bert.checkpoint.folder import check_vocabulary
 from megatron_bert.checkpoint.load import check_model
 from megatron_bert.checkpoint.shards import load_shards
+from megatron_bert.data.tokenization import num_rows
 from megatron_bert.errors import UserError
 from megatron_bert.model import (
     MegatronBertConfig,
@@ -66,9 +67,10 @@ def network_config(configuration: PretrainConfiguration, tokenizer: PreTrainedTo
     """
     section = configuration.model
     if section.start_from is None:
-        return _fresh_config(section, len(tokenizer), tokenizer.pad_token_id)
+        return _fresh_config(section, num_rows(tokenizer), tokenizer.pad_token_id)
     where = f"with data.tokenizer {tokenizer.name_or_path}"
-    config = config_to_start_from(section, len(tokenizer), where, {"data.row_tokens": configuration.data.row_tokens})
+    lengths = {"data.row_tokens": configuration.data.row_tokens}
+    config = config_to_start_from(section, num_rows(tokenizer), where, lengths)
     config.is_decoder = configuration.objective.kind == "causal"
     return config
 
