@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from megatron_bert.cli.main import main
-from tests.integration.forked_command import forked_command
 from tests.integration.tiny_corpus import prepare
 from tests.integration.tiny_megatron import write_tiny_megatron
 from tests.integration.tiny_model import write_tiny_model
@@ -37,7 +36,7 @@ PREPARE: dict[str, Callable[[Path], None]] = {"convert": what_can_be_converted, 
 
 
 def run_page(page: Path, folder: Path, model: Path, command: Path) -> "subprocess.CompletedProcess[str]":
-    """Runs the page's blocks inside `folder`, with the `megatron-bert` in `command`."""
+    """Runs the page's blocks inside `folder`, with the `megatron-bert` and `torchrun` in `command`."""
     path = os.pathsep.join([str(command), str(Path(sys.executable).parent), os.environ["PATH"]])
     runner = [sys.executable, str(ROOT / "tools" / "run_commands.py"), "--directory", str(folder), str(page)]
     environment = {**os.environ, "PATH": path, "MODEL": str(model), "HF_HUB_OFFLINE": "1"}
@@ -49,12 +48,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_tiny_model(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    with forked_command(tmp_path_factory.mktemp("command")) as folder:
-        yield folder
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
