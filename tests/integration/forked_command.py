@@ -69,6 +69,7 @@ def serve(folder: str) -> None:
                 server.close()
                 answer(connection)
             connection.close()
+    os._exit(0)  # two seconds sooner than an interpreter with all these modules ends
 
 
 def answer(connection: socket.socket) -> None:
