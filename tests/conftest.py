@@ -1,10 +1,13 @@
-"""For every test: no hub, quiet tokenizers, the libraries' verbosity as it was, and the GPU marker."""
+"""For every test: no hub, quiet tokenizers, the libraries' verbosity as it was, and the GPU marker; the command."""
 
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.integration.forked_command import forked_command
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for PATH with the command and `torchrun`, forked."""
+    with forked_command(tmp_path_factory.mktemp("command")) as folder:
+        yield folder
 
 
 @pytest.fixture(autouse=True)

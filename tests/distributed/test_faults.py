@@ -1,4 +1,4 @@
-"""Processes that are killed, asked to stop, hang or differ: the real command under the real torchrun."""
+"""Processes that are killed, asked to stop, hang or differ: the real command under torchrun."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(
-    folder: Path, output: Path, *options: str, restarts: int = 0, processes: int = 2
+    folder: Path, output: Path, *options: str, restarts: int = 0, torchrun: str = "tests.integration.forked_torchrun"
 ) -> Iterator[subprocess.Popen[str]]:
-    """Processes under torchrun, none of which outlives the block."""
+    """Two processes under torchrun, by default the one that forks them, none of which outlives the block."""
     words = [
-        sys.executable, "-m", "torch.distributed.run",
-        "--nproc-per-node", str(processes), "--max-restarts", str(restarts),
+        sys.executable, "-m", torchrun, "--nproc-per-node", "2", "--max-restarts", str(restarts),
         "-m", "megatron_bert", "pretrain", str(folder / "recipe.yaml"), "--set", f"output={output}", *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,8 +94,9 @@ def test_a_killed_rank_and_a_signal(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_is_named(folder: Path, tmp_path: Path) -> None:
+    """Each an interpreter of its own, as people start them."""
     output = tmp_path / "run"
-    with started(folder, output, "--set", "mesh.timeout_seconds=5") as process:
+    with started(folder, output, "--set", "mesh.timeout_seconds=5", torchrun="torch.distributed.run") as process:
         wait_for(process, lambda: last_step(output) >= 5)
         hanging = children(process.pid)[1]
         os.kill(hanging, signal.SIGSTOP)
@@ -108,8 +108,8 @@ def test_a_rank_that_hangs_is_named(folder: Path, tmp_path: Path) -> None:
     assert "for 5 s, and the others wait" in said
 
 
-def test_ranks_with_different_recipes(folder: Path, tmp_path: Path) -> None:
-    words = f"{sys.executable} -m megatron_bert pretrain {folder}/recipe.yaml --set output={tmp_path}/run"
+def test_ranks_with_different_recipes(folder: Path, tmp_path: Path, command: Path) -> None:
+    words = f"{command}/megatron-bert pretrain {folder}/recipe.yaml --set output={tmp_path}/run"
     run = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["tests.distributed.cases"]  # by the server that a test process starts once, whoever asks for it first
 PATIENCE_SECONDS = 300  # eight processes on two cores that others use too
 
 
@@ -23,7 +24,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed.cases"])
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(size):

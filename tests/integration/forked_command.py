@@ -1,13 +1,15 @@
 """The command `megatron-bert` without its seconds of imports: a process that has done them forks for each call.
 
-For tests of many calls. The `megatron-bert` here hands its arguments, directory, environment and open files to that
-process, and ends with the code of its fork, which gets a SIGTERM when this one is gone before.
+For tests of many calls. The `megatron-bert` here hands its arguments, directory, environment, open files and the limit
+on their size to that process, and ends with the code of its fork, which gets a SIGTERM when this one is gone before. So
+does the `torchrun`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -20,10 +22,11 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 CLIENT = """#!{python}
-import json, os, socket, sys
+import json, os, resource, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    said = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = json.dumps([sys.argv, os.getcwd(), dict(os.environ), limit]).encode()
     socket.send_fds(server, [len(said).to_bytes(8, "little")], [0, 1, 2])
     server.sendall(said)
     code = server.recv(8)
@@ -37,7 +40,7 @@ SERVER = "import sys; sys.path.pop(0); sys.path.append({root!r}); from {module} 
 
 @contextmanager
 def forked_command(folder: Path) -> Iterator[Path]:
-    """A folder for PATH, in which `megatron-bert` is the forked one."""
+    """A folder for PATH, in which `megatron-bert` and `torchrun` are the forked ones."""
     code = SERVER.format(root=str(ROOT), module=__name__, folder=str(folder))
     with Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE) as process:
         assert process.stdout is not None
@@ -49,17 +52,16 @@ def forked_command(folder: Path) -> Iterator[Path]:
 
 def serve(folder: str) -> None:
     """Answers calls, until its standard input ends."""
-    from megatron_bert.cli import main  # noqa: F401  # what most calls need
-    from megatron_bert.tasks import setup  # noqa: F401
-    from megatron_bert.training import pretrain  # noqa: F401
+    from tests.integration import forked_torchrun  # noqa: F401  # with what most calls need
 
     address = f"{folder}/socket"
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
-        client = Path(folder, "megatron-bert")
-        client.write_text(CLIENT.format(python=sys.executable, address=address))
-        client.chmod(0o755)
+        for name in ("megatron-bert", "torchrun"):
+            client = Path(folder, name)
+            client.write_text(CLIENT.format(python=sys.executable, address=address))
+            client.chmod(0o755)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         print("ready", flush=True)
         while 0 not in select.select([server, 0], [], [])[0]:
@@ -68,6 +70,7 @@ def serve(folder: str) -> None:
                 server.close()
                 answer(connection)
             connection.close()
+    os._exit(0)  # two seconds sooner than an interpreter with all these modules ends
 
 
 def answer(connection: socket.socket) -> None:
@@ -89,18 +92,23 @@ def answer(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def call(files: list[int], arguments: list[str], directory: str, environment: dict[str, str]) -> None:
+def call(
+    files: list[int], arguments: list[str], directory: str, environment: dict[str, str], file_bytes: list[int]
+) -> None:
     """As a shell would have started it."""
     from megatron_bert.cli.main import main
+    from tests.integration import forked_torchrun
 
     for number, file in enumerate(files):
         os.dup2(file, number)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes[0], file_bytes[1]))
+    command, *words = arguments
     code: int | str | None = 70
     try:
-        code = main(arguments)
+        code = forked_torchrun.main(words) if Path(command).name == "torchrun" else main(words)
     except SystemExit as end:
         code = end.code
     except BaseException:

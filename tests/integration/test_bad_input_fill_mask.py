@@ -102,10 +102,9 @@ class TestFiles:
         error = refused("--model", good, "--file", tmp_path / "texts.txt")
         assert f"texts.txt, line 1501: {complaint}" in error
 
-    def test_a_bad_line_on_standard_input(self, good):
-        result = subprocess.run(
-            [*COMMAND, "--model", str(good)], input=b"the [MASK]\nno mask\n", capture_output=True, check=False
-        )
+    def test_a_bad_line_on_standard_input(self, good, command):
+        words = [command / "megatron-bert", "fill-mask", "--model", good]
+        result = subprocess.run(words, input=b"the [MASK]\nno mask\n", capture_output=True, check=False)
         assert (result.returncode, result.stdout) == (2, b"")
         assert result.stderr.startswith(b"megatron-bert fill-mask: error: standard input, line 2: no mask;")
 

@@ -4,7 +4,6 @@ import gzip
 import json
 import resource
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,23 +186,23 @@ def test_a_corpus_without_any_pair(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["pretrain", str(recipe), "--json", "--set", "objective.pair=none"]) == 0
 
 
-def run_with_little_room(words: list[str], file_bytes: int, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Runs the command where no file may grow beyond `file_bytes`: what a full disk is to a writer."""
+def run_with_little_room(words: list[str | Path], file_bytes: int, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs `words` where no file may grow beyond `file_bytes`: what a full disk is to a writer."""
     return subprocess.run(
-        [sys.executable, "-m", "megatron_bert", *words], cwd=cwd, capture_output=True, text=True, check=False,
+        words, cwd=cwd, capture_output=True, text=True, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes)),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", ["tokenizer", "preprocess", "pretrain"])
-def test_no_room_for_the_output(folder: Path, verb: str) -> None:
+def test_no_room_for_the_output(folder: Path, verb: str, command: Path) -> None:
     write_jsonl(folder / "long.jsonl", documents(400))
     words, room = {
         "tokenizer": (["train", "--input", "corpus.jsonl", "--output", "deep/out", "--vocab-size", "200"], 2000),
         "preprocess": (["--input", "long.jsonl", "--tokenizer", "tokenizer", "--output", "deep/out"], 20_000),
         "pretrain": (["recipe.yaml", "--set", "output=deep/out", "--set", "training.steps=3"], 100_000),
     }[verb]
-    done = run_with_little_room([verb, *words], room, folder)
+    done = run_with_little_room([command / "megatron-bert", verb, *words], room, folder)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"megatron-bert {verb}: error: ")
     assert "File too large" in done.stderr.splitlines()[-1]

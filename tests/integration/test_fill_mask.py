@@ -158,10 +158,10 @@ class TestInputAndOutput:
         printed = output(capsys, "--model", folder, "--json", *words)
         assert [line["text"] for line in parsed(printed)] == ["Paris [MASK]", "the <mask>"]
 
-    def test_standard_input_is_answered_while_it_comes(self, folder):
-        command = [sys.executable, "-m", "megatron_bert", "fill-mask", "--model", str(folder), "--json"]
+    def test_standard_input_is_answered_while_it_comes(self, folder, command):
+        words = [command / "megatron-bert", "fill-mask", "--model", folder, "--json"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(command, **pipes, text=True, env=BUFFERED) as process:
+        with subprocess.Popen(words, **pipes, text=True, env=BUFFERED) as process:
             for text in ("the [MASK]", "Paris is [MASK]", "a [MASK] a"):
                 process.stdin.write(f"{text}\n")
                 process.stdin.flush()

@@ -4,7 +4,6 @@ reached without a model."""
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,13 @@ def write_sst2(file: Path, period: int) -> None:
     file.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
 
 
-def test_a_run_that_works_and_one_that_fails(tmp_path: Path) -> None:
+def test_a_run_that_works_and_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import mini_tasks
+
+    monkeypatch.setattr(mini_tasks.signal, "signal", lambda *_: None)  # this process keeps its own
     sst2, conll = tmp_path / "data/glue/SST-2", tmp_path / "data/ner/conll2003"
     for folder in (sst2, conll):
         folder.mkdir(parents=True)
@@ -47,37 +52,27 @@ def test_a_run_that_works_and_one_that_fails(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", max_position_embeddings=256)
     settings = ["training.epochs=1", "training.precision=float32", "runtime.num_workers=0", "ner:optimizer=1"]
     command = [
-        sys.executable,
-        str(TOOL),
-        str(tmp_path / "data"),
-        str(tmp_path / "out"),
-        "--gpus",
-        "0",
-        "--per-gpu",
-        "2",
-        "--tasks",
-        "sst2,conll2003",
-        "--seeds",
-        "3",
-        "--model",
-        str(tmp_path / "model"),
-    ]
-    refused = subprocess.run([*command, "--set", settings.pop()], capture_output=True, text=True, check=False)
-    assert (refused.returncode, "unknown tasks: ner" in refused.stderr) == (2, True)
+        str(TOOL), str(tmp_path / "data"), str(tmp_path / "out"), "--gpus", "0", "--per-gpu", "2",
+        "--tasks", "sst2,conll2003", "--seeds", "3", "--model", str(tmp_path / "model"),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*command, "--set", settings.pop()])
+    with pytest.raises(SystemExit) as refused:
+        mini_tasks.main()
+    assert (refused.value.code, "unknown tasks: ner" in capsys.readouterr().err) == (2, True)
     settings.append("conll2003:training.epochs=-1")
-    words = [word for one in settings for word in ("--set", one)]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
+    monkeypatch.setattr(sys, "argv", [*command, *(word for one in settings for word in ("--set", one))])
+    assert mini_tasks.main() == 1
+    said = capsys.readouterr().out
     found = json.loads((tmp_path / "out/results.json").read_text())["tasks"]
     (run,) = found["sst2"]["runs"].values()
     assert run["scores"] == json.loads((tmp_path / "out/sst2/seed-3/scores.json").read_text())
     assert (found["sst2"]["training_examples"], run["steps"]) == (41, 1)
     assert found["conll2003"]["runs"] == {}
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| sst2")]
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| sst2")]
     always_1 = [pytest.approx(100 * (41 - zeros) / 41, abs=0.05) for zeros in (21, 11)]  # of dev and test
     assert [(*row[1:3], float(row[3]), float(row[5])) for row in rows] == [("41", "accuracy", *always_1)]
-    assert "missing: conll2003, seed 3: megatron-bert finetune: error:" in done.stdout
-    assert "training.epochs" in done.stdout
+    assert "missing: conll2003, seed 3: megatron-bert finetune: error:" in said
+    assert "training.epochs" in said
 
 
 def test_parts_are_put_together_or_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

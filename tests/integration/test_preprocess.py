@@ -90,13 +90,14 @@ def test_a_stopped_run_leaves_nothing(folder: Path, tmp_path: Path, number: sign
         wait_for(lambda: not any(map(is_running, workers)))
 
 
-def test_a_killed_run_leaves_nothing_that_looks_finished(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_that_looks_finished(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with in_the_middle(folder, tmp_path) as process:
         workers = children(process.pid)
         again = words_for(folder, folder / "corpus.jsonl", tmp_path / "out" / "text")
-        refused = subprocess.run([sys.executable, "-m", "megatron_bert", *again], capture_output=True, text=True)
-        assert refused.returncode == 2
-        assert "another process is writing" in refused.stderr
+        assert main(again) == 2
+        assert "another process is writing" in capsys.readouterr().err
         process.kill()
         process.communicate(timeout=60)
         wait_for(lambda: not any(map(is_running, workers)))

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(layer_kernels._GELU_FORWARD, "ROWS", 32)
     monkeypatch.setitem(layer_kernels._NORM_BACKWARD, "programs", 3)
     monkeypatch.setitem(layer_kernels._GELU_BACKWARD, "programs", 3)
 

@@ -1,6 +1,7 @@
 """Stands in for `tests/distributed_testing_utils.py`: runs a function in several processes of one group."""
 
 import importlib
+import multiprocessing
 import os
 import socket
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.distributed.world import PRELOADED
 
 from ..package import install
 
@@ -19,7 +22,9 @@ def run_distributed(world_size: int) -> Callable[[Callable[..., None]], Callable
     def around(function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:
             name = (function.__module__, function.__qualname__)
-            mp.spawn(_process, args=(world_size, _free_port(), name, args), nprocs=world_size)
+            multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+            arguments = (world_size, _free_port(), name, args)
+            mp.start_processes(_process, args=arguments, nprocs=world_size, start_method="forkserver")
 
         return run
 
