@@ -17,6 +17,7 @@ import pytest
 from tests.integration.tiny_corpus import prepare, write_recipe
 
 PATIENCE_SECONDS = 120
+REAL, FORKED = "torch.distributed.run", "tests.integration.forked_torchrun"
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(
-    folder: Path, output: Path, *options: str, restarts: int = 0, torchrun: str = "tests.integration.forked_torchrun"
+    folder: Path, output: Path, *options: str, restarts: int = 0, processes: int = 2, torchrun: str = REAL
 ) -> Iterator[subprocess.Popen[str]]:
-    """Two processes under torchrun, by default the one that forks them, none of which outlives the block."""
+    """Processes under torchrun, none of which outlives the block."""
     words = [
-        sys.executable, "-m", torchrun, "--nproc-per-node", "2", "--max-restarts", str(restarts),
+        sys.executable, "-m", torchrun, "--nproc-per-node", str(processes), "--max-restarts", str(restarts),
         "-m", "megatron_bert", "pretrain", str(folder / "recipe.yaml"), "--set", f"output={output}", *options,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -77,7 +78,7 @@ def losses(output: Path, kind: str = "training") -> dict[int, float]:
 def test_a_killed_rank_and_a_signal(folder: Path, tmp_path: Path) -> None:
     """torchrun starts all again, from the last checkpoint; SIGTERM to one rank then saves and ends all of them."""
     output = tmp_path / "run"
-    with started(folder, output, "--set", "mesh.tensor=2", restarts=1) as process:
+    with started(folder, output, "--set", "mesh.tensor=2", restarts=1, torchrun=FORKED) as process:
         wait_for(process, lambda: last_step(output) >= 25 and any((output / "checkpoints").glob("step-*")))
         before = losses(output)
         os.kill(children(process.pid)[1], signal.SIGKILL)
@@ -96,7 +97,7 @@ def test_a_killed_rank_and_a_signal(folder: Path, tmp_path: Path) -> None:
 def test_a_rank_that_hangs_is_named(folder: Path, tmp_path: Path) -> None:
     """Each an interpreter of its own, as people start them."""
     output = tmp_path / "run"
-    with started(folder, output, "--set", "mesh.timeout_seconds=5", torchrun="torch.distributed.run") as process:
+    with started(folder, output, "--set", "mesh.timeout_seconds=5") as process:
         wait_for(process, lambda: last_step(output) >= 5)
         hanging = children(process.pid)[1]
         os.kill(hanging, signal.SIGSTOP)
