@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 import transformers
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 
 from megatron_bert import AutoTokenizer
@@ -320,6 +322,17 @@ def bad_sources(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
                args=arguments()), "cls.predictions.transform.dense.weight is missing"  # fmt: skip
     yield save(folder / "fairseq", [{"encoder.sentence_encoder.layer_norm.weight": torch.ones(HIDDEN)}]), \
         "no BERT of Megatron-LM's"  # fmt: skip
+    whole = {**core.weights, "pooler.dense.bias": torch.ones(HIDDEN, dtype=torch.int8)}
+    yield save(folder / "int8", [whole], args=arguments()), "pooler.dense.bias is [32] of torch.int8"
+    with zipfile.ZipFile(folder / "damaged.zip", "w") as archive:
+        archive.write(__file__, "mp_rank_00/model_optim_rng.pt")
+    damaged = bytearray((folder / "damaged.zip").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (folder / "damaged.zip").write_bytes(damaged)
+    yield folder / "damaged.zip", "damaged.zip cannot be unpacked: Bad CRC-32"
+    (folder / "tracker").mkdir()
+    (folder / "tracker" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
+    yield folder / "tracker", "latest_checkpointed_iteration.txt names"
     cut = save(folder / "cut", [core.weights], args=arguments()) / "mp_rank_00" / "model_optim_rng.pt"
     cut.write_bytes(cut.read_bytes()[:3000])
     yield cut, "truncated or damaged"
@@ -402,6 +415,14 @@ def test_nemo(core: Core, tmp_path: Path) -> None:
     check(converted(nemo(tmp_path / "stages", stages).parent / "files", tmp_path / "3"), core)
 
 
+def test_nemo_tells_megatron_core_of_the_fusion_by_another_name(core: Core, tmp_path: Path) -> None:
+    for fused, activation in ((False, "gelu"), (True, "gelu_pytorch_tanh")):
+        source = nemo(tmp_path / str(fused), {"": core.weights}, mcore_bert=True, bias_activation_fusion=fused,
+                      bias_gelu_fusion=not fused)  # fmt: skip
+        folder = converted(source, tmp_path / f"to{fused}")
+        assert json.loads((folder / "config.json").read_text())["hidden_act"] == activation
+
+
 def test_without_a_head_for_pairs_there_are_no_token_types(core: Core, tmp_path: Path) -> None:
     """`bert_binary_head: False`, or `--bert-no-binary-head`. They add nothing, whatever a tokenizer says."""
     weights = {name: weight for name, weight in core.weights.items()
@@ -420,6 +441,15 @@ def bad_nemo_files(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     yield nemo(folder / "norm", weights, normalization="layernorm1p"), "normalization layernorm1p is not"
     yield nemo(folder / "ranks", weights, tensor_model_parallel_size=2), "2 tensor-parallel ranks, and 1 are there"
     yield nemo(folder / "less", {}), "has no model_weights.ckpt"
+    for name, value, said in [
+        ("num_attention_heads", "${.x}", "num_attention_heads '${.x}' is no number above 0"),
+        ("num_attention_heads", -4, "num_attention_heads -4 is no number above 0"),
+        ("layernorm_epsilon", "${.x}", "has layernorm_epsilon '${.x}', which is no number"),
+        ("layernorm_epsilon", True, "has layernorm_epsilon True, which is no number"),
+        ("openai_gelu", "False", "has openai_gelu 'False', which is neither true nor false"),
+        ("hidden_dropout", 5, "dropout probability has to be between 0 and 1"),
+    ]:
+        yield nemo(folder / f"{name}{value}", weights, **{name: value}), said
     yield (
         nemo(folder / "list", {"": {}}, model=[1]),
         "no configuration of NeMo's: it holds list",
@@ -435,6 +465,10 @@ def bad_nemo_files(core: Core, folder: Path) -> Iterator[tuple[Path, str]]:
     with tarfile.open(folder / "out.nemo", "w") as archive:
         archive.add(folder / "noise.nemo", arcname="../outside")
     yield folder / "out.nemo", "../outside would be written elsewhere"
+    xz = bytearray(nemo(folder / "xz", weights, mode="w:xz").read_bytes())
+    xz[len(xz) // 2] ^= 255
+    (folder / "xz.nemo").write_bytes(xz)
+    yield folder / "xz.nemo", "xz.nemo is truncated or damaged"
 
 
 def written_for_megatron(source: Path, folder: Path, *words: str) -> list[dict[str, Any]]:
@@ -498,6 +532,28 @@ def test_back_without_a_head_for_pairs(core: Core, tmp_path: Path) -> None:
     assert not state["args"].bert_binary_head
 
 
+def test_another_tokenizer_than_wordpiece_has_no_vocabulary_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MegatronBertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                intermediate_size=64)  # fmt: skip
+    MegatronBertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
+    Tokenizer(BPE(vocabulary, [], unk_token="[UNK]")).save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    written_for_megatron(tmp_path / "model", tmp_path / "out")
+    assert "vocab.txt is left out: the tokenizer is BPE" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "vocab.txt").exists()
+
+
+def test_a_folder_names_its_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for architectures in ({"a": 1}, 5, None, ["MegatronBertPreTrainedModel"], ["BertModel"]):
+        config = {"model_type": "megatron-bert", "architectures": architectures}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert main(["convert", str(tmp_path), str(tmp_path / "model")]) == 2
+        assert "config.json names no class of this family" in capsys.readouterr().err
+
+
 def test_what_megatron_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = MegatronBertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                                 intermediate_size=64)  # fmt: skip
@@ -523,6 +579,11 @@ def test_what_megatron_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_output_layer_of_its_own(core: Core, tmp_path: Path) -> None:
     check(folder := converted(save(tmp_path / "run", ranks_of(core, 2), args=arguments()), tmp_path), core)
     (state,) = written_for_megatron(folder, tmp_path / "back")
+    same(state["model"], core.weights)
+    model = MegatronBertForPreTraining.from_pretrained(folder)
+    torch.nn.init.ones_(model.cls.predictions.bias)  # which is not the decoder's, and counts for nothing
+    model.save_pretrained(tmp_path / "two")
+    (state,) = written_for_megatron(tmp_path / "two", tmp_path / "again")
     same(state["model"], core.weights)
 
 

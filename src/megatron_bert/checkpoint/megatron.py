@@ -175,6 +175,8 @@ def _named(rank: Mapping[str, Any], rank_heads: int, first_layer: int) -> Iterat
     """This rank's weights, by our names."""
     for their_name, weight in _flat(rank["model"]):
         name = _our_name(their_name, first_layer)
+        if not weight.ndim or not weight.is_floating_point():
+            raise UserError(f"{their_name} is {list(weight.shape)} of {weight.dtype}, which no weight is")
         if f".{_QKV}." in name:
             # megatron.core has no versions: its layout is that of version 2.
             version = 2.0 if "linear_qkv" in their_name else float(rank.get("checkpoint_version", 0.0))
@@ -286,7 +288,9 @@ def _num_heads(first: Mapping[str, Any], degree: int, heads: int | None) -> int:
     saved = args.get("tensor_model_parallel_size", args.get("model_parallel_size", degree))
     if saved != degree:
         raise UserError(f"it was saved by {saved} tensor-parallel ranks, and {degree} are there")
-    found: int | None = args.get("num_attention_heads")
+    found = args.get("num_attention_heads")
+    if found is not None and (type(found) is not int or found < 1):
+        raise UserError(f"num_attention_heads {found!r} is no number above 0")
     if found and heads and heads != found:
         raise UserError(f"it has {found} attention heads, not {heads}")
     if not found and not heads:

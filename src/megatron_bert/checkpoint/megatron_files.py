@@ -9,11 +9,13 @@ NeMo, which grew out of it, has files of its own (`nemo_files.py`) with weights 
 from __future__ import annotations
 
 import argparse
+import lzma
 import pickle
 import re
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,8 +75,7 @@ def files_of_checkpoint(source: Path) -> Iterator[CheckpointFiles | None]:
             names = _of_one_step(archive, source)
             if names:
                 with tempfile.TemporaryDirectory() as folder:
-                    files = [Path(archive.extract(name, folder)) for name in names]
-                    yield CheckpointFiles(_ranks(files, source))
+                    yield CheckpointFiles(_ranks(_extracted(archive, names, folder, source), source))
                 return
     if source.is_file():
         yield CheckpointFiles([[source]]) if source.suffix == ".pt" else None
@@ -102,7 +103,7 @@ def _step_folder(source: Path) -> Path:
     """The folder of the newest step, where `source` has steps."""
     tracker = source / _TRACKER
     if tracker.is_file():
-        step = tracker.read_text(encoding="utf-8").strip()
+        step = tracker.read_text(encoding="utf-8", errors="replace").strip()
         name = _step_name(step)
         if not (source / name).is_dir():
             raise UserError(f"{tracker} names {step!r}, and there is no {source / name}")
@@ -126,6 +127,19 @@ def _of_one_step(archive: zipfile.ZipFile, source: Path) -> list[str]:
         there = ", ".join(sorted(map(str, steps)))
         raise UserError(f"{source} holds {there}, and no {_TRACKER} that names one of them: unpack it, and name one")
     return [name for name, step in step_of.items() if step in newest]
+
+
+def _extracted(archive: zipfile.ZipFile, names: list[str], folder: str, source: Path) -> list[Path]:
+    try:
+        return [Path(archive.extract(name, folder)) for name in names]
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        RuntimeError,
+    ) as error:  # encrypted, unknown kinds
+        raise UserError(f"{source} cannot be unpacked: {error}") from error
 
 
 def _step_name(step: str) -> str:

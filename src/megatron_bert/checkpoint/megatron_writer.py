@@ -7,6 +7,7 @@ rank's parts are those of our sharding table, which is theirs (arXiv 1909.08053,
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from megatron_bert.model import (
 from megatron_bert.sharding import sharding_of, split_dim
 
 __all__ = ["is_written_for_megatron", "write_for_megatron"]
+
+log = logging.getLogger(__name__)
 
 _TRACKER, _STEP, _VOCABULARY = "latest_checkpointed_iteration.txt", "release", "vocab.txt"
 _VOCABULARY_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by, times the tensor-parallel ranks
@@ -62,8 +65,8 @@ def write_for_megatron(
 ) -> None:
     """Writes `release/mp_rank_00/model_optim_rng.pt` and so on to `folder`, whole or not at all: weights, without an
     optimizer's state, and the arguments that Megatron-LM compares or takes over (`--use-checkpoint-args`); and
-    `vocab.txt`. The vocabulary is filled up to a multiple of 128 times `degree`, as Megatron-LM's; the rows that are
-    added never win.
+    `vocab.txt`, where the tokenizer is WordPiece. The vocabulary is filled up to a multiple of 128 times `degree`, as
+    Megatron-LM's; the rows that are added never win.
 
     Args:
         degree: tensor-parallel ranks.
@@ -74,6 +77,10 @@ def write_for_megatron(
     """
     config = model.config
     _check(model, degree)
+    kind = type(tokenizer.backend_tokenizer.model).__name__ if tokenizer is not None else "WordPiece"
+    if kind != "WordPiece":
+        log.warning("%s is left out: the tokenizer is %s, and Megatron-LM's BERT has WordPiece", _VOCABULARY, kind)
+        tokenizer = None
     weights = _filled_up(model, degree)
     with written_aside(folder, folder=True) as aside:
         for rank in range(degree):
@@ -115,7 +122,8 @@ def _check(model: MegatronBertPreTrainedModel, degree: int) -> None:
 def _filled_up(model: MegatronBertPreTrainedModel, degree: int) -> Weights:
     """The model's weights by our names, with as many rows of the vocabulary as Megatron-LM has."""
     weights = {name: weight for name, weight in model.state_dict().items() if not name.endswith("position_ids")}
-    del weights["cls.predictions.decoder.bias"]  # another name of cls.predictions.bias
+    # One bias of two names; where embeddings are not tied they are two, of which this one counts.
+    weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias")
     if model.config.tie_word_embeddings:
         del weights["cls.predictions.decoder.weight"]
     rows = -model.config.vocab_size % (_VOCABULARY_MULTIPLE * degree)

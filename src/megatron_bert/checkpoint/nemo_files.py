@@ -8,6 +8,7 @@ NeMo (github.com/NVIDIA/NeMo, `nemo/core/connectors/save_restore_connector.py`) 
 from __future__ import annotations
 
 import gzip
+import lzma
 import shutil
 import tarfile
 import tempfile
@@ -28,6 +29,7 @@ NEMO_WEIGHTS = "model_weights.ckpt"
 _CONFIGURATION = "model_config.yaml"
 _IN_ARTIFACTS = "nemo:"  # before the name of a file that is in the archive, too
 _NUMBERS = ("hidden_dropout", "attention_dropout", "init_method_std", "layernorm_epsilon")
+_FLAGS = ("bias_gelu_fusion", "bias_activation_fusion", "mcore_bert", "megatron_legacy", "openai_gelu", "onnx_safe")
 _AS_THEY_ARE = (
     "num_attention_heads", "tensor_model_parallel_size", "openai_gelu", "onnx_safe", "activation", "headscale",
     "position_embedding_type", "transformer_block_type",
@@ -80,7 +82,8 @@ def _unpack(source: Path, folder: Path) -> None:
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     with (folder / name).open("wb") as file:
                         shutil.copyfileobj(content, file)
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    # ValueError: a name with a null byte.
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
         raise UserError(f"{source} is truncated or damaged: {error}; fetch or copy it again") from error
 
 
@@ -88,19 +91,26 @@ def read_nemo_configuration(folder: Path) -> NemoConfiguration:
     """What `model_config.yaml` says.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or says what cannot be.
     """
     try:
         said = yaml.safe_load((folder / _CONFIGURATION).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"its {_CONFIGURATION} is damaged: {' '.join(str(error).split())}") from error
     said = said.get("model", said) if isinstance(said, Mapping) else said
     if not isinstance(said, Mapping):
         raise UserError(f"its {_CONFIGURATION} is no configuration of NeMo's: it holds {type(said).__name__}")
+    for name in _FLAGS:
+        if not isinstance(said.get(name), bool | None):
+            raise UserError(f"its {_CONFIGURATION} has {name} {said[name]!r}, which is neither true nor false")
     arguments = {name: said[name] for name in _AS_THEY_ARE if said.get(name) is not None}
     # OmegaConf's references to other settings stay texts; so does 1e-5 in YAML 1.1.
     arguments |= {name: number for name in _NUMBERS if (number := _number(said.get(name))) is not None}
-    arguments["bias_gelu_fusion"] = said.get("bias_gelu_fusion", True)
+    if said.get("layernorm_epsilon") is not None and "layernorm_epsilon" not in arguments:
+        raise UserError(f"its {_CONFIGURATION} has layernorm_epsilon {said['layernorm_epsilon']!r}, which is no number")
+    # NeMo's own layers and megatron-core's are told of the fusion by two names.
+    fusion = "bias_activation_fusion" if said.get("mcore_bert") else "bias_gelu_fusion"
+    arguments["bias_gelu_fusion"] = said.get(fusion, True)
     if said.get("normalization", "layernorm") != "layernorm":
         arguments["normalization"] = said["normalization"]
     tokenizer = said.get("tokenizer")
@@ -115,6 +125,6 @@ def read_nemo_configuration(folder: Path) -> NemoConfiguration:
 
 def _number(value: object) -> float | None:
     try:
-        return float(value)  # type: ignore[arg-type]
+        return None if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None

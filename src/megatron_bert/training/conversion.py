@@ -134,9 +134,11 @@ def _tokenizer(path: Path, wanted: str) -> PreTrainedTokenizerBase:
 
 
 def _of_model(source: Path, tokenizer: PreTrainedTokenizerBase | None) -> _Found:
-    named = (check_config(source).architectures or [""])[0]
+    architectures: object = check_config(source).architectures
+    named = str(architectures[0] or "") if isinstance(architectures, list) and architectures else ""
     model_class = getattr(family, named, None) if named in family.__all__ else None
-    if not isinstance(model_class, type) or not issubclass(model_class, MegatronBertPreTrainedModel):
+    abstract = MegatronBertPreTrainedModel
+    if not isinstance(model_class, type) or not issubclass(model_class, abstract) or model_class is abstract:
         raise UserError(f"{source}: config.json names no class of this family (architectures: {named or 'none'})")
     if tokenizer is None and any((source / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         tokenizer = load_tokenizer(source)
@@ -148,8 +150,11 @@ def _of_megatron(source: Path, tokenizer: PreTrainedTokenizerBase | None, heads:
     if found is None:
         raise UserError(f"{source} has no model: neither a pretraining run's checkpoint, nor config.json, nor a "
                         "checkpoint of Megatron-LM's or NeMo's")  # fmt: skip
-    with torch.device("meta"):
-        network = found.model_class(found.config)
+    try:
+        with torch.device("meta"):
+            network = found.model_class(found.config)
+    except ValueError as error:  # a dropout of 5
+        raise UserError(f"{source}: {error}") from error
     materialize(network, torch.device("cpu"))
     network.to(next(iter(found.weights.values())).dtype)  # type: ignore[arg-type]
     # A model without heads is the body, whose names begin so in the others.
