@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import enum
+import errno
 import json
 import os
 import random
+import shutil
 import sys
 import tarfile
+import tempfile
 import types
 import zipfile
 from collections.abc import Iterator
@@ -413,6 +416,24 @@ def test_nemo(core: Core, tmp_path: Path) -> None:
         stages[f"tp_rank_00_pp_rank_{stage:03d}"][name.replace(f"layers.{number}", f"layers.{number % 2}")] = weight
     stages["tp_rank_00_pp_rank_001"]["word_embeddings.weight"] = core.weights["embedding.word_embeddings.weight"]
     check(converted(nemo(tmp_path / "stages", stages).parent / "files", tmp_path / "3"), core)
+
+
+def test_a_full_disk_is_the_one_that_it_is_unpacked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source := nemo(tmp_path, {"": {}})).rename(tmp_path / "a.nemo")
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("mp_rank_00/model_optim_rng.pt", "")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source.rename(tmp_path / "a.zip")
+    for name in ("a.nemo", "a.zip"):
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "model")]) == 2
+        assert f"error: {tmp_path}/tmp" in capsys.readouterr().err
 
 
 def test_nemo_tells_megatron_core_of_the_fusion_by_another_name(core: Core, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from megatron_bert.checkpoint.folder import explaining_damage
 from megatron_bert.checkpoint.nemo_files import (
     NEMO_WEIGHTS,
     NemoConfiguration,
+    naming_where,
     read_nemo_configuration,
     unpacked_nemo,
 )
@@ -131,7 +132,8 @@ def _of_one_step(archive: zipfile.ZipFile, source: Path) -> list[str]:
 
 def _extracted(archive: zipfile.ZipFile, names: list[str], folder: str, source: Path) -> list[Path]:
     try:
-        return [Path(archive.extract(name, folder)) for name in names]
+        with naming_where(Path(folder)):
+            return [Path(archive.extract(name, folder)) for name in names]
     except (
         zipfile.BadZipFile,
         zlib.error,

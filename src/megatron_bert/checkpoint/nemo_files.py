@@ -23,7 +23,7 @@ import yaml
 
 from megatron_bert.errors import UserError
 
-__all__ = ["NEMO_WEIGHTS", "NemoConfiguration", "read_nemo_configuration", "unpacked_nemo"]
+__all__ = ["NEMO_WEIGHTS", "NemoConfiguration", "naming_where", "read_nemo_configuration", "unpacked_nemo"]
 
 NEMO_WEIGHTS = "model_weights.ckpt"
 _CONFIGURATION = "model_config.yaml"
@@ -72,7 +72,7 @@ def unpacked_nemo(source: Path) -> Iterator[Path | None]:
 def _unpack(source: Path, folder: Path) -> None:
     """Regular files only, each below `folder`."""
     try:
-        with tarfile.open(source) as archive:
+        with naming_where(folder), tarfile.open(source) as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
@@ -85,6 +85,17 @@ def _unpack(source: Path, folder: Path) -> None:
     # ValueError: a name with a null byte.
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
         raise UserError(f"{source} is truncated or damaged: {error}; fetch or copy it again") from error
+
+
+@contextmanager
+def naming_where(folder: Path) -> Iterator[None]:
+    """A disk that is full while something is unpacked to `folder` is that one, which the error then names."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def read_nemo_configuration(folder: Path) -> NemoConfiguration:
