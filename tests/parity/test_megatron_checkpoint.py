@@ -575,6 +575,16 @@ def test_a_folder_names_its_class(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "config.json names no class of this family" in capsys.readouterr().err
 
 
+def test_the_weights_of_a_folder_are_not_rounded_to_what_its_configuration_says(tmp_path: Path) -> None:
+    config = MegatronBertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                intermediate_size=64)  # fmt: skip
+    (model := MegatronBertForMaskedLM(config)).save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    back = MegatronBertForMaskedLM.from_pretrained(converted(tmp_path / "source", tmp_path))
+    same(back.state_dict(), model.state_dict())
+
+
 def test_what_megatron_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = MegatronBertConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                                 intermediate_size=64)  # fmt: skip

@@ -134,7 +134,9 @@ def _tokenizer(path: Path, wanted: str) -> PreTrainedTokenizerBase:
 
 
 def _of_model(source: Path, tokenizer: PreTrainedTokenizerBase | None) -> _Found:
-    architectures: object = check_config(source).architectures
+    config = check_config(source)
+    config.dtype = None  # the weights' own, whatever it says
+    architectures: object = config.architectures
     named = str(architectures[0] or "") if isinstance(architectures, list) and architectures else ""
     model_class = getattr(family, named, None) if named in family.__all__ else None
     abstract = MegatronBertPreTrainedModel
@@ -142,7 +144,7 @@ def _of_model(source: Path, tokenizer: PreTrainedTokenizerBase | None) -> _Found
         raise UserError(f"{source}: config.json names no class of this family (architectures: {named or 'none'})")
     if tokenizer is None and any((source / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         tokenizer = load_tokenizer(source)
-    return _Found(load_model(model_class, source, required=("",)), tokenizer, None)
+    return _Found(load_model(model_class, source, required=("",), config=config), tokenizer, None)
 
 
 def _of_megatron(source: Path, tokenizer: PreTrainedTokenizerBase | None, heads: int | None) -> _Found:
