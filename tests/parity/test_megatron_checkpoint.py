@@ -444,11 +444,15 @@ def test_nemo_tells_megatron_core_of_the_fusion_by_another_name(core: Core, tmp_
         assert json.loads((folder / "config.json").read_text())["hidden_act"] == activation
 
 
-def test_without_a_head_for_pairs_there_are_no_token_types(core: Core, tmp_path: Path) -> None:
+def test_without_a_head_for_pairs_there_are_no_token_types(
+    core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`bert_binary_head: False`, or `--bert-no-binary-head`. They add nothing, whatever a tokenizer says."""
     weights = {name: weight for name, weight in core.weights.items()
                if not name.startswith(("binary_head", "pooler", "embedding.tokentype"))}  # fmt: skip
-    folder = converted(nemo(tmp_path, {"": flat(old(weights, 2.0))}), tmp_path)
+    elsewhere = {"type": "BertWordPieceLowerCase", "vocab_file": "/home/them/vocab.txt"}
+    folder = converted(nemo(tmp_path, {"": flat(old(weights, 2.0))}, tokenizer=elsewhere), tmp_path)
+    assert "the vocabulary vocab.txt is not in it" in capsys.readouterr().err
     model = MegatronBertForMaskedLM.from_pretrained(folder)
     ids, mask, types_ = core.inputs
     with torch.no_grad():

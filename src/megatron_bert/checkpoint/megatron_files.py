@@ -134,13 +134,8 @@ def _extracted(archive: zipfile.ZipFile, names: list[str], folder: str, source: 
     try:
         with naming_where(Path(folder)):
             return [Path(archive.extract(name, folder)) for name in names]
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        RuntimeError,
-    ) as error:  # encrypted, unknown kinds
+    # RuntimeError: it is encrypted, or packed in a way that Python does not know.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise UserError(f"{source} cannot be unpacked: {error}") from error
 
 

@@ -8,6 +8,7 @@ NeMo (github.com/NVIDIA/NeMo, `nemo/core/connectors/save_restore_connector.py`) 
 from __future__ import annotations
 
 import gzip
+import logging
 import lzma
 import shutil
 import tarfile
@@ -24,6 +25,8 @@ import yaml
 from megatron_bert.errors import UserError
 
 __all__ = ["NEMO_WEIGHTS", "NemoConfiguration", "naming_where", "read_nemo_configuration", "unpacked_nemo"]
+
+log = logging.getLogger(__name__)
 
 NEMO_WEIGHTS = "model_weights.ckpt"
 _CONFIGURATION = "model_config.yaml"
@@ -130,6 +133,10 @@ def read_nemo_configuration(folder: Path) -> NemoConfiguration:
         kind, name = str(tokenizer.get("type")), PurePosixPath(str(tokenizer.get("vocab_file"))).name
         path = folder / name.removeprefix(_IN_ARTIFACTS)
         vocabulary = path if path.is_file() else None
+        if vocabulary is None and tokenizer.get("vocab_file"):
+            log.warning(
+                "the vocabulary %s is not in it, and the model has no tokenizer: --tokenizer adds one", path.name
+            )
     version = 0.0 if said.get("megatron_legacy") else 2.0
     return NemoConfiguration(arguments, version, vocabulary, lower_cases="LowerCase" in kind or "uncased" in kind)
 
