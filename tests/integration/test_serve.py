@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socketserver import TCPServer
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -255,6 +256,16 @@ def test_a_client_that_goes_away_harms_nobody(server: MaskServer) -> None:
     for sent in (b"", b"POST /fill-mask HTTP/1.1\r\nContent-Length: 100\r\n\r\n{", b"\x16\x03\x01 no http\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
             connection.sendall(sent)
+    assert asked(server, {"inputs": "[MASK]"})[0] == 200
+
+
+def test_connections_that_cannot_be_had_take_no_time(server: MaskServer) -> None:
+    with (
+        patch.object(TCPServer, "get_request", side_effect=OSError(24, "Too many open files")) as get_request,
+        socket.create_connection(("127.0.0.1", server.server_port)),
+    ):
+        threading.Event().wait(0.3)
+    assert 1 <= get_request.call_count <= 5
     assert asked(server, {"inputs": "[MASK]"})[0] == 200
 
 

@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
@@ -90,6 +91,14 @@ class MaskServer(ThreadingHTTPServer):
         self.batcher.close()
         with self._changed:  # those whose answer has come with that
             self._changed.wait_for(lambda: not self._connections, 1.0)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; where none can be had (too many files are open), not at once again."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.1)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Of a connection; it is known until it is closed."""
