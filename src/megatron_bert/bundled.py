@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["MINI", "resolved"]
+__all__ = ["MINI", "NAME", "resolved"]
 
 NAME = "mini"
 MINI = str(Path(__file__).with_name(NAME))

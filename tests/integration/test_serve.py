@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socketserver import TCPServer
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +26,10 @@ import transformers
 from megatron_bert.cli.main import main
 from megatron_bert.errors import UserError
 from megatron_bert.inference.fill_mask import load_mask_filler
-from megatron_bert.serving.batching import Batcher
+from megatron_bert.inference.predictor import Candidates
+from megatron_bert.inference.texts import MaskedText
+from megatron_bert.serving import http as serving
+from megatron_bert.serving.batching import Batcher, TooBusy
 from megatron_bert.serving.http import MaskServer
 from tests.integration.tiny_model import write_tiny_model
 
@@ -133,7 +138,9 @@ def test_what_is_refused_is_refused_alone(server: MaskServer) -> None:
     assert asked(server, b"", "/elsewhere")[0] == asked(server, b"", "/", "GET")[0] == 404
     status, headers, _ = asked(server, b"", "/fill-mask", "GET")
     assert (status, headers["Allow"]) == (405, "POST")
-    assert asked(server, b"", **{"Content-Length": "99999999"})[0] == 413
+    assert asked(server, b"a" * 12_000_000)[0] == 413
+    with patch.object(serving, "_MOST_ANSWERED_TOKENS", 10):
+        assert "ask for fewer texts" in asked(server, {"inputs": "[MASK] [MASK]"})[2]["error"]
     assert asked(server, b"", **{"Content-Length": "-1"})[0] == 411
     same_connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     for body, expected in ((b"{", 400), (b'{"inputs": "[MASK]"}', 200)):
@@ -141,6 +148,81 @@ def test_what_is_refused_is_refused_alone(server: MaskServer) -> None:
         response = same_connection.getresponse()
         assert (response.status, len(response.read()) > 0) == (expected, True)
     same_connection.close()
+
+
+def talked(server: MaskServer, *parts: bytes) -> list[bytes]:
+    """What a connection of its own gives after each part; the last until the server closes it, or is silent."""
+    given = []
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        for part in parts[:-1]:
+            connection.sendall(part)
+            given.append(connection.recv(1 << 16))
+        connection.sendall(parts[-1])
+        connection.shutdown(socket.SHUT_WR)
+        given.append(b"".join(iter(lambda: connection.recv(1 << 16), b"")))
+    return given
+
+
+def test_http_is_spoken_as_clients_and_proxies_do(server: MaskServer) -> None:
+    body = b'{"inputs": "[MASK]"}'
+    head = b"POST /fill-mask HTTP/1.1\r\nContent-Length: %d\r\n" % len(body)
+    told, answered = talked(server, head + b"Expect: 100-continue\r\n\r\n", body)
+    assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert answered.startswith(b"HTTP/1.1 200")
+    old = head.replace(b"1.1", b"1.0") + b"Connection: keep-alive\r\n\r\n" + body
+    assert talked(server, old)[0].count(b"Connection: keep-alive") == 1
+    for path in (b"/health?probe=1", b"http://here:80/health"):
+        assert talked(server, b"GET " + path + b" HTTP/1.1\r\n\r\n")[0].startswith(b"HTTP/1.1 200")
+    assert talked(server, b"HEAD /health HTTP/1.1\r\n\r\n")[0].endswith(b"\r\n\r\n")
+    assert b'{"error": "Unsupported method' in talked(server, b"PUT /health HTTP/1.1\r\n\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"POST /fill-mask HTTP/1.1\r\nContent-Length: 4\r\nTransfer-Encoding: chunked",
+     b"POST /fill-mask HTTP/1.1\r\nContent-Length: 4\r\nContent-Length: 40",
+     b"POST /fill-mask HTTP/1.1\r\nContent-Length: " + b"9" * 5000, b"GET /health HTTP/1.1\r\nContent-Length: 34"],
+)  # fmt: skip
+def test_a_body_is_never_read_as_a_request(server: MaskServer, head: bytes) -> None:
+    (answer,) = talked(server, head + b"\r\n\r\n1234GET /health HTTP/1.1\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"Connection: close") == 1
+
+
+def test_one_request_fails_alone() -> None:
+    def predict(texts: list[MaskedText]) -> Iterator[tuple[list[int], list[Candidates]]]:
+        for index, text in enumerate(texts):
+            if text.ids == [13]:
+                raise ValueError
+            yield [index], [Candidates([], [text.ids])]
+
+    batcher, gate = Batcher(SimpleNamespace(batch_tokens=100, predict=predict)), threading.Event()  # type: ignore[arg-type]
+    answer = batcher._answer
+    with patch.object(batcher, "_answer", lambda jobs: (gate.wait(10), answer(jobs))), ThreadPoolExecutor(8) as clients:
+        answers = [clients.submit(batcher.predict, [MaskedText([number], [0])]) for number in range(10, 18)]
+        while batcher._num_waiting < 8:
+            threading.Event().wait(0.01)
+        gate.set()
+        assert [one.exception() is not None for one in answers] == [number == 13 for number in range(10, 18)]
+        assert answers[7].result() == [Candidates([], [[17]])]
+    batcher.close()
+    with pytest.raises(TooBusy):
+        batcher.predict([MaskedText([1], [0])])
+
+
+def test_who_has_asked_before_the_end_is_answered(server: MaskServer) -> None:
+    """Even one whose connection is not accepted yet."""
+    ending, body = MaskServer(("127.0.0.1", 0), server.filler, "tiny", top_k=7), b'{"inputs": "[MASK]"}'
+    threading.Thread(target=ending.serve_forever, daemon=True).start()
+    shutdown, connection = ending.shutdown, socket.socket()
+
+    def shutdown_and_one_more() -> None:
+        shutdown()
+        connection.connect(("127.0.0.1", ending.server_port))
+        connection.sendall(b"POST /fill-mask HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    with connection, patch.object(ending, "shutdown", shutdown_and_one_more):
+        ending.stop()
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +259,16 @@ def test_a_client_that_goes_away_harms_nobody(server: MaskServer) -> None:
     assert asked(server, {"inputs": "[MASK]"})[0] == 200
 
 
+def test_connections_that_cannot_be_had_take_no_time(server: MaskServer) -> None:
+    with (
+        patch.object(TCPServer, "get_request", side_effect=OSError(24, "Too many open files")) as get_request,
+        socket.create_connection(("127.0.0.1", server.server_port)),
+    ):
+        threading.Event().wait(0.3)
+    assert 1 <= get_request.call_count <= 5
+    assert asked(server, {"inputs": "[MASK]"})[0] == 200
+
+
 def test_the_command_ends_when_it_is_told(folder: Path) -> None:
     words = ["serve", "--model", str(folder), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
@@ -204,6 +296,7 @@ def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture[st
         for words, said in [
             (["--port", port], f"cannot listen on 127.0.0.1, port {port}"), (["--port", "70000"], "70000 is not"),
             (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"), (["--top-k", "0"], "top-k 0 is not"),
+            (["--host", ""], "--host is empty"),
             (["--batch-tokens", "0"], "--batch-tokens 0 is not"), (["--model", "/nowhere/at/all"], "no such file"),
         ]:  # fmt: skip
             assert main(["serve", "--model", str(folder), "--device", "cpu", *words]) == 2

@@ -10,7 +10,7 @@ import argparse
 import signal
 import threading
 
-from megatron_bert.bundled import MINI, resolved
+from megatron_bert.bundled import MINI, NAME, resolved
 from megatron_bert.errors import UserError
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until it is told to end (SIGTERM, Ctrl-C); requests that are being answered are answered."""
+    """Serves until it is told to end (SIGTERM, Ctrl-C); requests that have come are answered. Told twice, it ends."""
     from transformers.utils import logging as transformers_logging
 
     from megatron_bert.inference.fill_mask import load_encoder, load_mask_filler
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     if is_launched():
         raise UserError("serve is one process with a whole model; start one for each GPU, each with its --port")
+    if not args.host:
+        raise UserError("--host is empty, which would be all addresses; 0.0.0.0 says that")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} is not between 0 and 65535")
     if args.batch_tokens is not None and args.batch_tokens < 1:
@@ -65,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     filler = load_mask_filler(
         args.model, encoder, device=args.device, dtype=args.dtype, top_k=args.top_k, batch_tokens=args.batch_tokens
     )
+    name = NAME if args.model == MINI else args.model  # where it is installed is nobody's business
     try:
-        server = MaskServer((args.host, args.port), filler, args.model, args.top_k)
+        server = MaskServer((args.host, args.port), filler, name, args.top_k)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen on {args.host}, port {args.port}: {error}") from error
     told = threading.Event()
@@ -78,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{of['model']} on http://{where}:{server.server_port} ({of['device']}, {of['dtype']})", flush=True)
         while not told.wait(0.5):  # a signal that another thread got is handled when this one wakes
             pass
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)  # not an exception: Python would abort beside a thread that computes
         server.stop()
     finally:
         for number, handler in before.items():

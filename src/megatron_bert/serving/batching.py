@@ -36,7 +36,7 @@ class Batcher:
     def __init__(self, predictor: MaskPredictor, most_waiting: int = 16384) -> None:
         self._predictor, self._most_waiting = predictor, most_waiting
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._num_waiting, self._lock = 0, threading.Lock()
+        self._num_waiting, self._is_closed, self._lock = 0, False, threading.Lock()
         self._thread = threading.Thread(target=self._work, name="predicting", daemon=True)
         self._thread.start()
 
@@ -44,25 +44,29 @@ class Batcher:
         """Those of each text, once they are there.
 
         Raises:
-            TooBusy: see there.
+            TooBusy: see there; or the batcher is closed.
             UserError: the scores are not numbers.
             OutOfMemoryError: of the GPU.
         """
+        answer: Future[list[Candidates]] = Future()
         with self._lock:
+            if self._is_closed:
+                raise TooBusy("the server ends")
             if self._num_waiting and self._num_waiting + len(texts) > self._most_waiting:
                 raise TooBusy(f"{self._num_waiting} texts are waiting")
             self._num_waiting += len(texts)
-        try:
-            answer: Future[list[Candidates]] = Future()
             self._jobs.put(_Job(texts, answer))
+        try:
             return answer.result()
         finally:
             with self._lock:
                 self._num_waiting -= len(texts)
 
     def close(self) -> None:
-        """Ends the thread, after what has been asked so far."""
-        self._jobs.put(None)
+        """Ends the thread, after what it is at; those that wait are refused."""
+        with self._lock:
+            self._is_closed = True
+            self._jobs.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -87,16 +91,24 @@ class Batcher:
         return jobs, False
 
     def _answer(self, jobs: list[_Job]) -> None:
-        texts = [text for job in jobs for text in job.texts]
-        found: list[Candidates | None] = [None] * len(texts)
         try:
-            for indices, candidates in self._predictor.predict(texts):
-                for index, candidate in zip(indices, candidates, strict=True):
-                    found[index] = candidate
-        except Exception as error:  # whatever it is, it is the requests' that wait for it, and the next may go well
+            answers = iter(self._predicted([text for job in jobs for text in job.texts]))
+        except Exception as error:  # whatever it is, it is the request's that waits for it, and the next may go well
+            if len(jobs) == 1:
+                jobs[0].answer.set_exception(error)
+                return
+            answers = None
+        if answers is None:  # one of them alone, as a rule; here, where what the error held is free again
             for job in jobs:
-                job.answer.set_exception(error)
+                self._answer([job])
             return
-        answers = iter(found)
         for job in jobs:
-            job.answer.set_result([answer for _ in job.texts if (answer := next(answers)) is not None])
+            job.answer.set_result([next(answers) for _ in job.texts])
+
+    def _predicted(self, texts: list[MaskedText]) -> list[Candidates]:
+        if self._is_closed:
+            raise TooBusy("the server ends")
+        found: dict[int, Candidates] = {}
+        for indices, candidates in self._predictor.predict(texts):
+            found.update(zip(indices, candidates, strict=True))
+        return [found[index] for index in range(len(texts))]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +29,9 @@ log = logging.getLogger(__name__)
 
 _MOST_BYTES = 8 << 20  # of a request
 _MOST_TEXTS = 4096
+_MOST_ANSWERED_TOKENS = 1 << 26  # in the sequences of an answer, some 300 MB; 4096 texts of 512 tokens, 20 candidates
 _IDLE_SECONDS = 60  # after which a connection without a request is closed
+_LINGER_SECONDS, _LINGER_BYTES = 2, 64 << 20  # given to a client that still sends what is not read
 _DEFAULT_TOP_K = 5
 
 
@@ -58,7 +62,8 @@ class MaskServer(ThreadingHTTPServer):
         self.filler, self.name, self.top_k = filler, name, top_k
         self.encoding = threading.Lock()  # a tokenizer is not made for several threads
         self.batcher = Batcher(filler.predictor)
-        self._num_busy, self._idle, self.is_ending = 0, threading.Condition(), False
+        self._connections: set[socket.socket] = set()
+        self._changed, self.is_ending = threading.Condition(), False
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -67,13 +72,57 @@ class MaskServer(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def stop(self, patience_seconds: float = 30.0) -> None:
-        """Takes no more connections, and waits for the requests that are being answered."""
+        """Takes no more connections, and waits for the requests that have come."""
         self.is_ending = True  # answers say that the connection is closed
         self.shutdown()
-        with self._idle:
-            self._idle.wait_for(lambda: not self._num_busy, patience_seconds)
+        self.socket.setblocking(False)
+        accepted = []
+        with suppress(OSError):  # no other one waits
+            while True:
+                accepted.append(self.socket.accept())
         self.server_close()
+        for one in accepted:
+            self.process_request(*one)
+        with self._changed:
+            for connection in self._connections:
+                with suppress(OSError):  # it ended by itself
+                    connection.shutdown(socket.SHUT_RD)  # what has come can still be read
+            self._changed.wait_for(lambda: not self._connections, patience_seconds)
         self.batcher.close()
+        with self._changed:  # those whose answer has come with that
+            self._changed.wait_for(lambda: not self._connections, 1.0)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection; where none can be had (too many files are open), not at once again."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.1)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Of a connection; it is known until it is closed."""
+        with self._changed:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes a connection when its client has nothing more to send, or else it might not see the answer."""
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(_LINGER_SECONDS)
+            left = _LINGER_BYTES
+            while left > 0 and (read := len(request.recv(1 << 16))):
+                left -= read
+        self.close_request(request)
+        with self._changed:
+            self._connections.discard(request)
+            self._changed.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Our mistakes are logged; that a client is gone is none."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            log.exception("a connection failed")
 
     def answer(self, body: bytes) -> list[Any]:
         """The answer to the body of a request.
@@ -82,18 +131,6 @@ class MaskServer(ThreadingHTTPServer):
             _Refused: where there is none.
         """
         return self._answer(*self._read(body))
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Around a request, for which `stop` waits."""
-        with self._idle:
-            self._num_busy += 1
-        try:
-            yield
-        finally:
-            with self._idle:
-                self._num_busy -= 1
-                self._idle.notify_all()
 
     def _read(self, body: bytes) -> tuple[list[str], int, bool]:
         """The texts, how many candidates, and whether there is one text only."""
@@ -126,6 +163,10 @@ class MaskServer(ThreadingHTTPServer):
                 encoded = self.filler.encoder.encode(named)
         except UserError as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, str(error)) from error
+        tokens = top_k * sum(len(text.mask_positions) * len(text.ids) for text in encoded)
+        if tokens > _MOST_ANSWERED_TOKENS:
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"an answer of {tokens} tokens; {_MOST_ANSWERED_TOKENS} at most: "
+                           "ask for fewer texts, masks or candidates")  # fmt: skip
         try:
             found = self.batcher.predict(encoded)
         except TooBusy as error:
@@ -158,24 +199,42 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # head and body in one packet
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # its body is not read
+        if self._name() == "/health":
             self._send(HTTPStatus.OK, self.server.health())
         else:
-            self._refuse_path("POST" if self.path == "/fill-mask" else None)
+            self._refuse_path("POST" if self._name() == "/fill-mask" else None)
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        if self.path != "/fill-mask":
+        if self._name() != "/fill-mask":
             self.close_connection = True  # its body is not read
-            self._refuse_path("GET" if self.path == "/health" else None)
+            self._refuse_path("GET" if self._name() == "/health" else None)
             return
         try:
             body = self._body()
-            with self.server.answering():
-                self._send(*self._answer(body))
         except _Refused as refused:
+            self.close_connection = True
             self._send(refused.status, {"error": str(refused)})
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True  # whoever asked is gone
+        else:
+            self._send(*self._answer(body))
+
+    def handle_expect_100(self) -> bool:
+        """Tells a client that waits for it to send the body."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses: no HTTP, an unknown method."""
+        self.close_connection = True
+        self._send(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
+
+    def _name(self) -> str:
+        """The path without what proxies and probes put before and behind it."""
+        return re.sub(r"^https?://[^/?]*|\?.*", "", self.path)
 
     def _answer(self, body: bytes) -> tuple[HTTPStatus, object]:
         try:
@@ -187,16 +246,16 @@ class _Handler(BaseHTTPRequestHandler):
             return HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "this is the server's mistake; its log says more"}
 
     def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            self.close_connection = True
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "a request says its Content-Length")
-        if int(length) > _MOST_BYTES:
-            self.close_connection = True
+        lengths = {length.strip() for length in self.headers.get_all("Content-Length", [])}
+        said = re.fullmatch(r"0*([0-9]{1,18})", lengths.pop()) if len(lengths) == 1 else None
+        if not said or "Transfer-Encoding" in self.headers:
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "a request says its Content-Length, and is not in chunks")
+        length = int(said[1])
+        if length > _MOST_BYTES:
             raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes; a request has {_MOST_BYTES} at most")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise ConnectionError
+        body = self.rfile.read(length)
+        if len(body) < length:
+            raise ConnectionError("the client is gone")
         return body
 
     def _refuse_path(self, method: str | None) -> None:
@@ -212,13 +271,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", "1")
-        if self.close_connection or self.server.is_ending:
-            self.close_connection = True
-            self.send_header("Connection", "close")
+        self.close_connection |= self.server.is_ending
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
         self.wfile.flush()
 
     def log_message(self, format: str, *args: object) -> None:
