@@ -295,9 +295,9 @@ def test_bad_options_are_one_line(folder: Path, capsys: pytest.CaptureFixture[st
         port = str(taken.getsockname()[1])
         for words, said in [
             (["--port", port], f"cannot listen on 127.0.0.1, port {port}"), (["--port", "70000"], "70000 is not"),
-            (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"), (["--top-k", "0"], "top-k 0 is not"),
-            (["--host", ""], "--host is empty"),
-            (["--batch-tokens", "0"], "--batch-tokens 0 is not"), (["--model", "/nowhere/at/all"], "no such file"),
+            (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"), (["--host", ""], "--host is empty"),
+            (["--top-k", "0"], "'0' is not a whole number"),
+            (["--batch-tokens", "0"], "'0' is not a whole number"), (["--model", "/nowhere/at/all"], "no such file"),
         ]:  # fmt: skip
             assert main(["serve", "--model", str(folder), "--device", "cpu", *words]) == 2
             error = capsys.readouterr().err

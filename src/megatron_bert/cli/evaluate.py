@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_bert.bundled import resolved
+from megatron_bert.cli.options import count
 from megatron_bert.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="number type"
         )
-        one.add_argument("--batch-tokens", type=_count, default=8192, metavar="N", help="tokens together (8192)")
+        one.add_argument("--batch-tokens", type=count, default=8192, metavar="N", help="tokens together (8192)")
         if name not in TASKS:
             one.add_argument("--plot", type=Path, metavar="F.png", help="draw a confusion matrix of single labels")
         if name == "wikitext103":
-            one.add_argument("--window", type=_count, metavar="N", help="tokens of a window (what the model takes)")
+            one.add_argument("--window", type=count, metavar="N", help="tokens of a window (what the model takes)")
             one.add_argument("--overlap", type=_whole, metavar="N", help="of them seen before (half)")
 
 
@@ -66,12 +67,6 @@ def _finetuned_tasks() -> dict[str, str]:
 def _whole(word: str) -> int:
     if not word.isdecimal():
         raise argparse.ArgumentTypeError(f"{word!r} is not a whole number")
-    return int(word)
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
     return int(word)
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megatron_bert.bundled import MINI, resolved
 from megatron_bert.cli import is_first_process
+from megatron_bert.cli.options import add_prediction_options, count
 from megatron_bert.errors import SharedError, UserError
 
 if TYPE_CHECKING:
@@ -28,33 +28,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``megatron-bert fill-mask``."""
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="a text with [MASK] or <mask> in it")
-    parser.add_argument(
-        "--model",
-        type=resolved,
-        default=MINI,
-        metavar="DIR|NAME",
-        help="a model's folder, or its name on the hub; mini, the default, is the small one in the box",
-    )
     parser.add_argument("--file", metavar="F", help="read texts from F, one a line; - is the standard input")
-    parser.add_argument("--top-k", type=_count, default=5, metavar="K", help="predictions for each mask (default: 5)")
+    parser.add_argument("--top-k", type=count, default=5, metavar="K", help="predictions for each mask (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a text")
-    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="number type; auto is bfloat16 where the GPU or CPU has it, else float32",
-    )
-    parser.add_argument(
-        "--batch-tokens", type=_count, metavar="N", help="tokens predicted together (default: 8192; on a GPU 32768)"
-    )
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
-    return int(word)
+    add_prediction_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

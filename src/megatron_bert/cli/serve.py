@@ -10,19 +10,13 @@ import argparse
 import signal
 import threading
 
-from megatron_bert.bundled import MINI, NAME, resolved
+from megatron_bert.bundled import MINI, NAME
+from megatron_bert.cli.options import add_prediction_options, count
 from megatron_bert.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `megatron-bert serve`."""
-    parser.add_argument(
-        "--model",
-        type=resolved,
-        default=MINI,
-        metavar="DIR|NAME",
-        help="a model's folder, or its name on the hub; mini, the default, is the small one in the box",
-    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -30,20 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: one that is free")
     parser.add_argument(
-        "--top-k", type=int, default=20, metavar="K", help="the most predictions for a mask that a request can ask for "
-        "(default: %(default)s)",
+        "--top-k", type=count, default=20, metavar="K", help="the most predictions for a mask that a request can ask "
+        "for (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--truncate", action="store_true", help="cut texts that are too long for the model")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="number type; auto is bfloat16 where the GPU or CPU has it, else float32",
-    )
-    parser.add_argument(
-        "--batch-tokens", type=int, metavar="N", help="tokens predicted together (default: 8192; on a GPU 32768)"
-    )
+    add_prediction_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--host is empty, which would be all addresses; 0.0.0.0 says that")
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port} is not between 0 and 65535")
-    if args.batch_tokens is not None and args.batch_tokens < 1:
-        raise UserError(f"--batch-tokens {args.batch_tokens} is not a number above 0")
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder = load_encoder(args.model, truncate=args.truncate)
     filler = load_mask_filler(
