@@ -86,7 +86,8 @@ def test_a_killed_rank_and_a_signal(folder: Path, tmp_path: Path) -> None:
         os.kill(children(process.pid)[1], signal.SIGTERM)
         said = process.communicate(timeout=PATIENCE_SECONDS)[1]
         assert process.returncode == 0, said
-    assert "lost another process of the run" in said, said
+    # gloo once in a hundred times does not tell the survivor, which torchrun then ends after its 30 s.
+    assert "lost another process of the run" in said or "forcefully exiting via 9" in said, said
     assert "going on from" in said
     after = losses(output)
     assert {step: after[step] for step in before} == before
