@@ -18,6 +18,7 @@ from megatron_bert.data.tokenization import (
     MegatronBertTokenizersBackend,
     is_cased,
     load_tokenizer,
+    lower_cases,
 )
 from megatron_bert.errors import UserError
 
@@ -147,6 +148,12 @@ class TestCasing:
         tokenizer = load_tokenizer(tmp_path)
         assert tokenizer.tokenize("Paris") == ["Paris"]
         assert (tokenizer.do_lower_case, tokenizer.tokenize_chinese_chars) == (False, False)
+
+    def test_without_a_normalizer_no_letters_are_made_small(self):
+        tokenizer = transformers.BertTokenizer(vocab={t: n for n, t in enumerate(SPECIAL)}, do_lower_case=True)
+        assert lower_cases(tokenizer)
+        tokenizer.backend_tokenizer.normalizer = None
+        assert not lower_cases(tokenizer)
 
     def test_strays_and_bracketed_tokens_do_not_make_a_vocabulary_cased(self):
         uncased = [f"word{n}" for n in range(500)]

@@ -35,10 +35,12 @@ from megatron_bert.checkpoint.nemo_files import (
 )
 from megatron_bert.errors import UserError
 
-__all__ = ["CheckpointFiles", "files_of_checkpoint", "read_rank"]
+__all__ = ["RANK_FILE", "TRACKER", "UNNUMBERED", "CheckpointFiles", "files_of_checkpoint", "read_rank"]
 
-_FILES = ("model_optim_rng.pt", "model_rng.pt")
-_TRACKER = "latest_checkpointed_iteration.txt"
+RANK_FILE = "model_optim_rng.pt"
+TRACKER = "latest_checkpointed_iteration.txt"  # names the newest step
+UNNUMBERED = "release"  # a step
+_FILES = (RANK_FILE, "model_rng.pt")
 _RANK = re.compile(r"(?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?")
 _MOST_KINDS = 64  # of objects beside the weights: arguments, random states
 
@@ -102,14 +104,14 @@ def _nemo_files(folder: Path, source: Path) -> CheckpointFiles:
 
 def _step_folder(source: Path) -> Path:
     """The folder of the newest step, where `source` has steps."""
-    tracker = source / _TRACKER
+    tracker = source / TRACKER
     if tracker.is_file():
         step = tracker.read_text(encoding="utf-8", errors="replace").strip()
         name = _step_name(step)
         if not (source / name).is_dir():
             raise UserError(f"{tracker} names {step!r}, and there is no {source / name}")
         return source / name
-    return source / "release" if (source / "release").is_dir() else source
+    return source / UNNUMBERED if (source / UNNUMBERED).is_dir() else source
 
 
 def _of_one_step(archive: zipfile.ZipFile, source: Path) -> list[str]:
@@ -122,11 +124,11 @@ def _of_one_step(archive: zipfile.ZipFile, source: Path) -> list[str]:
     newest = {
         file.parent / _step_name(archive.read(name).decode(errors="replace").strip())
         for name, file in files.items()
-        if file.name == _TRACKER
+        if file.name == TRACKER
     }
     if len(newest) != 1 or not newest <= steps:
         there = ", ".join(sorted(map(str, steps)))
-        raise UserError(f"{source} holds {there}, and no {_TRACKER} that names one of them: unpack it, and name one")
+        raise UserError(f"{source} holds {there}, and no {TRACKER} that names one of them: unpack it, and name one")
     return [name for name, step in step_of.items() if step in newest]
 
 

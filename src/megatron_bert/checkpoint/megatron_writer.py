@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from megatron_bert.checkpoint.megatron_files import RANK_FILE, TRACKER, UNNUMBERED
 from megatron_bert.data.files import sync, written_aside
-from megatron_bert.data.tokenization import num_rows
+from megatron_bert.data.tokenization import lower_cases, num_rows
 from megatron_bert.errors import UserError
 from megatron_bert.model import (
     MegatronBertConfig,
@@ -31,7 +32,7 @@ __all__ = ["is_written_for_megatron", "write_for_megatron"]
 
 log = logging.getLogger(__name__)
 
-_TRACKER, _STEP, _VOCABULARY = "latest_checkpointed_iteration.txt", "release", "vocab.txt"
+_VOCABULARY = "vocab.txt"
 _VOCABULARY_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by, times the tensor-parallel ranks
 _CHECKPOINT_VERSION = 3.0  # queries, keys and values head by head (`checkpointing.py`)
 _NEVER_WINS = -1e4  # the bias of a row of the vocabulary that is only there to fill it up; float16 has it
@@ -84,7 +85,7 @@ def write_for_megatron(
     weights = _filled_up(model, degree)
     with written_aside(folder, folder=True) as aside:
         for rank in range(degree):
-            file = aside / _STEP / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+            file = aside / UNNUMBERED / f"mp_rank_{rank:02d}" / RANK_FILE
             file.parent.mkdir(parents=True)
             state = {
                 "model": dict(_part(weights, config.num_attention_heads // degree, rank, degree)),
@@ -98,13 +99,13 @@ def write_for_megatron(
             tokens = {number: token for token, number in tokenizer.get_vocab().items()}
             lines = (tokens.get(number, f"[none{number}]") for number in range(num_rows(tokenizer)))
             (aside / _VOCABULARY).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        (aside / _TRACKER).write_text(f"{_STEP}\n", encoding="utf-8")
+        (aside / TRACKER).write_text(f"{UNNUMBERED}\n", encoding="utf-8")
 
 
 def is_written_for_megatron(folder: Path) -> bool:
     """Whether `folder` has what `write_for_megatron` writes, and nothing else: no step of a training run."""
     there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    return {_STEP, _TRACKER} <= there <= {_STEP, _TRACKER, _VOCABULARY}
+    return {UNNUMBERED, TRACKER} <= there <= {UNNUMBERED, TRACKER, _VOCABULARY}
 
 
 def _check(model: MegatronBertPreTrainedModel, degree: int) -> None:
@@ -167,8 +168,7 @@ def _part(weights: Weights, rank_heads: int, rank: int, degree: int) -> Iterator
 def _arguments(
     config: MegatronBertConfig, weights: Weights, tokenizer: PreTrainedTokenizerBase | None, degree: int
 ) -> argparse.Namespace:
-    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer is not None else None
-    lower_cases = normalizer is None or normalizer.normalize_str("A") == "a"
+    case = "LowerCase" if tokenizer is None or lower_cases(tokenizer) else "Case"
     return argparse.Namespace(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -190,7 +190,7 @@ def _arguments(
         init_method_std=config.initializer_range,
         bert_binary_head="cls.seq_relationship.weight" in weights,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        tokenizer_type=f"BertWordPiece{'LowerCase' if lower_cases else 'Case'}",
+        tokenizer_type=f"BertWordPiece{case}",
         make_vocab_size_divisible_by=_VOCABULARY_MULTIPLE,
         padded_vocab_size=len(weights["bert.embeddings.word_embeddings.weight"]),
         tensor_model_parallel_size=degree,

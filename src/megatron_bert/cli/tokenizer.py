@@ -94,20 +94,20 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_bert.data.tokenization import load_tokenizer
+    from megatron_bert.data.tokenization import load_tokenizer, lower_cases
     from megatron_bert.data.vocabulary import fingerprint
 
     tokenizer = load_tokenizer(args.folder)
     normalizer = tokenizer.backend_tokenizer.normalizer
-    normalized = normalizer.normalize_str if normalizer else str
+    chinese = normalizer.normalize_str("中文") if normalizer else "中文"
     vocabulary = tokenizer.get_vocab()
     return {
         "folder": args.folder,
         "entries": len(tokenizer),
         "continuations": sum(token.startswith("##") for token in vocabulary),
         "special_tokens": {token: vocabulary[token] for token in tokenizer.all_special_tokens},
-        "lower_case": normalized("A") == "a",
-        "splits_chinese": len(normalized("中文").split()) == 2,
+        "lower_case": lower_cases(tokenizer),
+        "splits_chinese": len(chinese.split()) == 2,
         "fingerprint": fingerprint(tokenizer.backend_tokenizer),
         "text": args.text,
         "pieces": tokenizer.tokenize(args.text),

@@ -149,6 +149,12 @@ def num_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def lower_cases(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it makes small letters of a text's capital ones."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str("A") == "a"
+
+
 def local_path(path_or_name: str | os.PathLike[str]) -> Path | None:
     """The folder or file called ``path_or_name``, or None where there is none but the hub has a model of the name.
 
